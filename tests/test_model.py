@@ -1,0 +1,279 @@
+"Configurations, counts, and files of tuned numbers: the contracts of the assembled model, tiny and at full size."
+import json
+import struct
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from safetensors.torch import load as load_bytes
+from safetensors.torch import save
+
+from barleria_nb.core import BarleriaError, count
+from barleria_nb.loss import text_to_pixel_loss
+from barleria_nb.model import (FORMAT, METHODS, TYPES, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
+                               save_tuned, towers_hash, tuned_state)
+
+TINY = [f"{m}-tiny" for m in METHODS]
+
+
+def tiny(name, **changes): return config(name, **{"pretrained": False, **changes})
+
+
+def batch(size=config("snf-tiny").size, lengths=(5, 9), length=17, seed=0):
+    "Random pictures, sentences of the given lengths, masks."
+    g = torch.Generator().manual_seed(seed)
+    n = len(lengths)
+    words = torch.arange(length) < torch.tensor(lengths)[:, None]
+    ids = torch.randint(300, 49000, (n, length), generator=g) * words
+    ids[:, 0], ids[torch.arange(n), words.sum(1) - 1] = 49406, 49407
+    return torch.randn(n, 3, size, size, generator=g), ids, words, (torch.rand(n, 1, size, size, generator=g) > .8).float()
+
+
+def shaken(name, seed=1):
+    "A model none of whose tuned numbers, running statistics included, is where it was built."
+    model = build_model(tiny(name), seed)
+    for _ in range(2): model(*batch(seed=_)[:3])  # moves the running statistics
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad: p += .02 * torch.randn(p.shape, generator=g)
+    return model.eval()
+
+
+def line(call, *words):
+    "`call` fails in one line that holds `words`."
+    with pytest.raises(BarleriaError) as e: call()
+    assert "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
+    for w in words: assert w in str(e.value), str(e.value)
+
+
+# ---------------------------------------------------------------- configurations and counts
+
+def test_configurations_are_json_and_come_back():
+    for name in configurations():
+        for positions in (False, True):
+            c = config(name, positions, words=22, lr=3e-4)
+            stored = json.loads(json.dumps(asdict(c)))
+            assert stored["words"] == 22 and stored["name"] == name and name.endswith("-" + c.backbone)
+            assert any(kind == "positions" for kind, _ in stored["tuners"]) is positions
+
+
+@pytest.mark.parametrize("changes", [dict(epochs=0), dict(batch=True), dict(words=2), dict(size=1.5), dict(lr=0), dict(lr=float("inf")), dict(lr="1"), dict(drop=-1), dict(drop=2), dict(pretrained=1)])
+def test_settings_are_checked(changes): line(lambda: config("snf-tiny", **changes), *changes)
+
+
+def test_unknown_names():
+    line(lambda: config("barleria-noglobal-b61"), "Did you mean", "barleria-noglobal-b16")
+    line(lambda: config("x" * 5000 + "\n"), "no configuration")
+    line(lambda: config(None), "no configuration")
+    line(lambda: config("snf-tiny", epoch=2), "Did you mean epochs")
+
+
+@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("positions", [False, True])
+def test_ledger_counts_the_real_model(name, positions):
+    c = replace(tiny(name), tuners=config(name, positions).tuners)
+    model, l = build_model(c), ledger(c)
+    tuned = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert tuned == l["backbone"] + l["positions"] + l["head"] and sum(l["parts"].values()) == l["backbone"]
+    assert l["head"] == count(model.head)[0] == count(model.head)[1] and l["towers"] == count(model.encoder.visual)[1] + count(model.encoder.text)[1]
+    tables = model.encoder.visual.positions.numel() + model.encoder.text.positions.numel()
+    assert l["positions"] == (tables if positions and name != "full-tiny" else 0)
+
+
+PAPER = {"frozen": 0, "snf": 184_416, "barleria-noglobal": 390_656}  # BarLeRIa, Tables 4 and 5: 0.18 M and 0.39 M
+
+@pytest.mark.parametrize("backbone", ["b16", "eva02-b16"])
+def test_ledger_equals_the_paper(backbone):
+    for method, n in PAPER.items():
+        l = ledger(config(f"{method}-{backbone}"))
+        assert (l["backbone"], l["positions"], l["head"], l["head_published"]) == (n, 0, 21_095_425, 22_671_361)
+    if backbone == "b16": assert ledger(config("snf-b16", train_positions=True))["positions"] == 559_360
+
+
+def test_ledger_does_not_touch_random_numbers_or_memory():
+    before = torch.get_rng_state()
+    ledger(config("snf-l14"))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- the model
+
+def test_seed_moves_what_trains_and_nothing_else():
+    a, b, c = (build_model(tiny("barleria-noglobal-tiny"), s) for s in (0, 0, 1))
+    assert towers_hash(a) == towers_hash(b) == towers_hash(c)
+    for n, t in tuned_state(a).items():
+        assert torch.equal(t, tuned_state(b)[n])
+    assert not torch.equal(a.head.neck.text.weight, c.head.neck.text.weight)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_neither_batch_mates_nor_padding_matter(name):
+    model = shaken(name).double()
+    image, ids, words, _ = batch(lengths=(5, 9, 12))
+    image = image.double()
+    with torch.no_grad():
+        together = model(image, ids, words)
+        for b, n in enumerate((5, 9, 12)):
+            torch.testing.assert_close(model(image[b:b + 1], ids[b:b + 1, :n], words[b:b + 1, :n]), together[b:b + 1], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_bf16_follows_32_bits(name):
+    model, (image, ids, words, _) = shaken(name), batch()
+    with torch.no_grad():
+        a = model(image, ids, words)
+        with torch.autocast("cpu", torch.bfloat16): b = model(image, ids, words)
+    assert b.isfinite().all() and (a - b.float()).norm() / a.norm() < .1
+
+
+def full_batch(size): return batch(size, lengths=(6,))
+
+
+@pytest.mark.full
+def test_full_size_step():
+    "One training step of the No Global row on ViT-B/16 at 416: every declared tensor gets a finite gradient that is not zero, no other gets any."
+    model = build_model(config("barleria-noglobal-b16"))
+    image, ids, words, mask = full_batch(416)
+    logits = model(image, ids, words)
+    assert logits.shape == (1, 1, 104, 104)
+    loss = text_to_pixel_loss(logits, mask)
+    loss.backward()
+    assert loss.isfinite()
+    for n, p in model.named_parameters():
+        assert (p.grad is not None) == p.requires_grad, n
+        if p.requires_grad: assert p.grad.isfinite().all() and p.grad.abs().max() > 0, n
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 390_656 + 21_095_425
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name,size,grid", [("snf-l14", 420, 30), ("barleria-noglobal-eva02-b16", 416, 26)])
+def test_full_size_forward(name, size, grid):
+    model, (image, ids, words, _) = build_model(config(name)).eval(), full_batch(size)
+    with torch.inference_mode(): logits = model(image, ids, words)
+    assert logits.shape == (1, 1, 4 * grid, 4 * grid) and logits.isfinite().all()
+    assert logits.std() > 0
+
+
+# ---------------------------------------------------------------- files
+
+@pytest.mark.parametrize("name", TINY)
+def test_round_trip(name, tmp_path):
+    "Parameters and running statistics come back, and with them the answers, bit for bit."
+    model, file = shaken(name), tmp_path / "deep" / "tuned.safetensors"
+    save_tuned(model, file, dict(score=.5))
+    back = load_tuned(file)
+    a, b = tuned_state(model), tuned_state(back)
+    assert a.keys() == b.keys() and any("running_var" in n for n in a)
+    for n in a: assert torch.equal(a[n], b[n]), n
+    inputs = batch()[:3]
+    with torch.no_grad(): assert torch.equal(model(*inputs), back(*inputs))
+    assert not back.training and read_about(file)["extra"] == dict(score=.5) and read_about(file)["format"] == FORMAT
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert not set(frozen) & set(load_bytes(file.read_bytes()))
+    first = file.read_bytes()
+    save_tuned(back, file, dict(score=.5))
+    assert file.read_bytes() == first and [p.name for p in file.parent.iterdir()] == [file.name]
+
+
+def test_forgotten_statistics_would_show():
+    "The running statistics matter: without them the answers differ."
+    model = shaken("frozen-tiny")
+    other = build_model(model.config).eval()
+    other.load_state_dict({n: t for n, t in tuned_state(model).items() if "running" not in n}, strict=False)
+    with torch.no_grad(): assert (model(*batch()[:3]) - other(*batch()[:3])).abs().max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory):
+    "A saved model: its bytes, its note and its tensors."
+    file = tmp_path_factory.mktemp("stored") / "tuned.safetensors"
+    save_tuned(shaken("snf-tiny"), file)
+    return file.read_bytes(), read_about(file), load_bytes(file.read_bytes())
+
+
+def raw(header, body=b""):
+    "A safetensors file with this header, whatever it says."
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def spoiled(stored, kind):
+    whole, about, tensors = stored
+    note = lambda **changes: {"barleria": json.dumps({**about, **changes})}
+    settings = lambda **changes: save(tensors, note(config={**about["config"], **changes}))
+    first = next(n for n in tensors if n.startswith("encoder.tuners") and n.endswith(".w"))
+    same = {"barleria": json.dumps(about)}
+    return {
+        "empty": b"", "seven bytes": whole[:7], "cut header": whole[:200], "cut body": whole[:-100], "longer": whole + b"\0" * 100,
+        "random": bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8).tolist()),
+        "pickle": b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+        "huge header": struct.pack("<Q", 2**63 - 1) + whole[8:], "large header": struct.pack("<Q", 2**25) + b" " * 2**25,
+        "huge tensor": raw({"x": dict(dtype="F32", shape=[2**40], data_offsets=[0, 2**42])}),
+        "overflow": raw({"x": dict(dtype="F32", shape=[2**33, 2**33], data_offsets=[0, 4])}, b"\0" * 4),
+        "header is a list": raw([1, 2]), "header is not utf-8": raw(b"\xff\xfe{}"), "unknown type": raw({"x": dict(dtype="Q9", shape=[1], data_offsets=[0, 1])}, b"\0"),
+        "no note": save(tensors), "note is no JSON": save(tensors, {"barleria": "{"}), "note is nested": save(tensors, {"barleria": "[" * 100_000}),
+        "note is a list": save(tensors, {"barleria": "[]"}), "note is short": save(tensors, {"barleria": "{}"}),
+        "old format": save(tensors, note(format="version 0")), "more in the note": save(tensors, note(more=1)),
+        "config is text": save(tensors, note(config="snf-tiny")), "config is a list": save(tensors, note(config=[])), "config is empty": save(tensors, note(config={})),
+        "config is none": save(tensors, note(config=None)), "no such name": settings(name="snf-huge"), "name with a newline": settings(name="a\nb"), "name is a list": settings(name=["snf-tiny"]),
+        "other method": settings(name="frozen-tiny"), "other tuners": settings(tuners=[["snf", dict(towers=["text"])]]), "odd tuners": settings(tuners=[1]), "tuners is a number": settings(tuners=3),
+        "wide head": settings(head=dict(width=10**6, heads=3, ffn=96)), "words": settings(words=10**9), "words is text": settings(words="many"), "epochs": settings(epochs=-1),
+        "lr": settings(lr="fast"), "lr is nan": settings(lr=float("nan")), "one more setting": settings(evil=1), "size": settings(size=10**6), "pretrained is text": settings(pretrained="yes"),
+        "other configuration": save(tensors, note(config=json.loads(json.dumps(asdict(tiny("frozen-tiny")))))),
+        "other towers": save(tensors, note(towers="0" * 64)), "towers is none": save(tensors, note(towers=None)),
+        "one more tensor": save({**tensors, "encoder.visual.positions": torch.zeros(65, 96)}, same), "name with newline": save({**tensors, "a\nb" * 300: torch.zeros(1)}, same),
+        "one tensor less": save({n: t for n, t in tensors.items() if n != first}, same),
+        "other shape": save({**tensors, first: tensors[first].T.contiguous()}, same), "other type": save({**tensors, first: tensors[first].half()}, same),
+        "whole numbers": save({**tensors, first: tensors[first].long()}, same), "not a number": save({**tensors, first: tensors[first] * float("nan")}, same),
+    }[kind]
+
+
+CUT = "empty", "seven bytes", "cut header", "cut body", "longer", "random", "pickle", "huge header", "large header", "huge tensor", "overflow", "header is a list", "header is not utf-8", "unknown type"
+NOTE = "no note", "note is no JSON", "note is nested", "note is a list", "note is short", "old format", "more in the note"
+CONFIG = ("config is text", "config is a list", "config is empty", "config is none", "no such name", "name with a newline", "name is a list", "other method", "other tuners", "odd tuners",
+          "tuners is a number", "wide head", "words", "words is text", "epochs", "lr", "lr is nan", "one more setting", "size", "pretrained is text")
+OTHER = "other towers", "towers is none", "other configuration"
+TENSORS = "one more tensor", "name with newline", "one tensor less", "other shape", "other type", "whole numbers", "not a number"
+
+
+@pytest.mark.parametrize("kind", CUT + NOTE + CONFIG + OTHER + TENSORS)
+def test_hostile_file(stored, kind, tmp_path):
+    "One line that names the file."
+    file = tmp_path / "hostile.safetensors"
+    file.write_bytes(spoiled(stored, kind))
+    line(lambda: load_tuned(file), str(file))
+
+
+@pytest.fixture(scope="module")
+def standing(): return build_model(tiny("snf-tiny"))
+
+
+@pytest.mark.parametrize("kind", CUT + TENSORS)
+def test_hostile_file_leaves_the_model_alone(stored, standing, kind, tmp_path):
+    file = tmp_path / "hostile.safetensors"
+    file.write_bytes(spoiled(stored, kind))
+    before = {n: t.clone() for n, t in standing.state_dict().items()}
+    line(lambda: put_tuned(standing, file), str(file))
+    for n, t in standing.state_dict().items(): assert torch.equal(t, before[n]), n
+
+
+def test_missing_and_folder(tmp_path):
+    line(lambda: load_tuned(tmp_path / "none.safetensors"), "is missing")
+    line(lambda: load_tuned(tmp_path), "is missing")
+
+
+def test_fingerprint_sees_weights_and_tables_but_not_what_trains():
+    model = build_model(tiny("snf-tiny"))
+    first = towers_hash(model)
+    with torch.no_grad(): model.encoder.tuners[0].flows["visual"][0]["attn"].mu += 1
+    assert towers_hash(model) == first
+    with torch.no_grad(): model.encoder.visual.blocks[3].attn.out.weight[0, 0] += 1e-6
+    second = towers_hash(model)
+    model.encoder.text.embedding.index[320] += 1
+    assert len({first, second, towers_hash(model)}) == 3
+
+
+@pytest.mark.filterwarnings("ignore:no tiny-clip")
+def test_types_cover_what_models_hold():
+    for name in TINY: assert {t.dtype for t in tuned_state(build_model(tiny(name))).values()} <= TYPES.keys()
