@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['COLOUR', 'SHAPE', 'SIZE', 'X', 'Y', 'AREA', 'NAMES', 'CLOSE', 'KINDS', 'HELD_OUT', 'SIDES', 'RELATIONS', 'MOST',
-           'FIRST', 'PHRASES', 'LR', 'WARM', 'LEAST', 'FALL', 'STATE', 'thing_rows', 'draw_close_up', 'draw_single',
-           'Pool', 'small_picture', 'draw_pool', 'Phrase', 'Claim', 'Exists', 'Region', 'Relation', 'Next', 'Most',
-           'claim', 'flipped', 'Batch', 'pools_at', 'batch_of', 'pair_loss', 'encode_pictures', 'word_ids',
-           'encode_words', 'Scores', 'Contrast', 'own_ids', 'fresh_towers', 'whiten', 'first_batch', 'sentence_auc',
-           'rate', 'Pretraining', 'shape_auc', 'pretrain', 'patch_map', 'probe', 'held_out_scenes']
+           'LESSON', 'FIRST', 'KEEP', 'TEACH', 'LR', 'WARM', 'LEAST', 'FALL', 'STATE', 'LESSONS', 'thing_rows',
+           'draw_close_up', 'draw_single', 'Pool', 'small_picture', 'draw_pool', 'Phrase', 'Claim', 'Exists', 'Region',
+           'Relation', 'Next', 'Most', 'claim', 'judged', 'flipped', 'Batch', 'pools_at', 'batch_of', 'pair_loss',
+           'encode_pictures', 'word_ids', 'encode_words', 'Scores', 'Contrast', 'own_ids', 'fresh_towers', 'whiten',
+           'smooth_positions', 'first_batch', 'sentence_auc', 'rate', 'Pretraining', 'lesson_auc', 'pretrain',
+           'patch_map', 'probe', 'held_out_scenes']
 
 # %% ../nbs/train/20_tiny_towers.ipynb #c89fc454
 import json, math, time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,6 +179,12 @@ class Claim:
         "Decide it."
         raise NotImplementedError
 
+    def named(self,
+        rows, # (n, 7, 6) things of n pictures
+    )->np.ndarray: # (n,) bool
+        "Is there what it speaks of, whether it is true or not?"
+        return self.a.fits(rows).any(1)
+
 
 @dataclass
 class Exists(Claim):
@@ -189,6 +196,11 @@ class Exists(Claim):
     def truth(self, rows):
         true = self.a.fits(rows).any(1)
         return true, ~true
+
+    def named(self, rows): # all but one of the attributes, if it names several
+        names = [n for n in ("colour", "shape", "size") if getattr(self.a, n) >= 0]
+        parts = [replace(self.a, **{n: -1}).fits(rows).any(1) for n in names if len(names) > 1]
+        return np.any(parts, 0) if parts else np.zeros(len(rows), bool)
 
 
 @dataclass
@@ -232,6 +244,8 @@ class Relation(Claim):
         pair = _pairs(self.a, self.b, rows)
         return (pair & (gap > 8)).any((1, 2)), ~(pair & (gap > -2)).any((1, 2))
 
+    def named(self, rows): return _pairs(self.a, self.b, rows).any((1, 2))
+
 
 @dataclass
 class Next(Claim):
@@ -245,6 +259,8 @@ class Next(Claim):
         away = np.hypot(*(rows[:, :, None, c] - rows[:, None, :, c] for c in (X, Y)))
         pair = _pairs(self.a, self.b, rows)
         return (pair & (away < 36)).any((1, 2)), ~(pair & (away < 44)).any((1, 2))
+
+    def named(self, rows): return _pairs(self.a, self.b, rows).any((1, 2))
 
 # %% ../nbs/train/20_tiny_towers.ipynb #da41051f
 MOST = {"leftmost": (X, 1), "rightmost": (X, -1), "topmost": (Y, 1), "bottommost": (Y, -1), "biggest": (AREA, -1), "largest": (AREA, -1), "smallest": (AREA, 1)}
@@ -309,6 +325,15 @@ def claim(
     if kind < .8: return Next(_phrase_of(a, rng), _phrase_of(b, rng))
     return _extreme(a, things, rng)
 
+
+def judged(
+    claims, # K of them
+    rows, # (B, 7, 6) what is in B pictures
+)->tuple[np.ndarray, np.ndarray, np.ndarray]: # true, false, close, (B, K) bool each
+    "Decide each claim for each picture. *Close* are the false ones whose things are there: only the side, the order, the size or the like is wrong."
+    true, false = (np.stack(t, 1) for t in zip(*(c.truth(rows) for c in claims)))
+    return true, false, false & np.stack([c.named(rows) for c in claims], 1)
+
 # %% ../nbs/train/20_tiny_towers.ipynb #6a87c328
 def flipped(
     images, # (n, h, w, 3) uint8
@@ -325,15 +350,23 @@ def flipped(
     return Pool(images, rows)
 
 
+_ALONE = [Phrase(shape=s) for s in range(6)] + [Phrase(colour=c) for c in range(8)]
+LESSON = ([Exists(p) for p in _ALONE] + [Exists(Phrase(c, s)) for c in range(8) for s in range(6)] + [Exists(replace(p, size=k)) for p in _ALONE for k in range(2)] +
+          [Region(p, side) for p in _ALONE for side in SIDES] + [Most(Phrase(), p, name) for p in _ALONE for name in MOST if name != "largest"] +
+          [Relation(Phrase(a), Phrase(b), name) for a in range(8) for b in range(8) if a != b for name in ("left of", "above")]) # claims of the first lesson
+
+
 class Batch(NamedTuple):
     "One step's pictures, sentences, and what is true and what is false of each pair."
     images:np.ndarray # (B, 64, 64, 3) uint8
     sentences:list|None # K sentences; None stands for the phrases of the first lesson
     true:np.ndarray # (B, K) bool
     false:np.ndarray # (B, K) bool
+    close:np.ndarray # (B, K) bool: false, though what is spoken of is there
+    taught:np.ndarray|None=None # (B,) which claims of the lesson the last sentences say; None in the first lesson
 
 
-FIRST = 700 # steps of the first lesson
+FIRST = 1200 # steps of the first lesson
 
 
 def pools_at(
@@ -364,24 +397,25 @@ def batch_of(
     size:int=64, # B, shared equally among the pools
     each:int=2, # claims per picture
     slips:float=.01, # share of the words that become unknown
-)->Batch: # K = each · B
+)->Batch: # K = each · B claims made up for the pictures, and B of the lesson's
     "Draw one step's pictures, sentences and tables."
     images, rows = _drawn_from(pools, rng, size)
-    claims = [claim(r, rng) for r in rows for _ in range(each)]
-    true, false = (np.stack(t, 1) for t in zip(*(c.truth(rows) for c in claims)))
+    taught = rng.choice(len(LESSON), size, replace=False)
+    claims = [claim(r, rng) for r in rows for _ in range(each)] + [LESSON[i] for i in taught]
     sentences = [" ".join(w if rng.random() > slips else "unknown" for w in c.words(rng)) for c in claims]
-    return Batch(images, sentences, true, false)
+    return Batch(images, sentences, *judged(claims, rows), taught)
 
 # %% ../nbs/train/20_tiny_towers.ipynb #ac768811
 def pair_loss(
     logits, # (B, K)
-    true, # (B, K) bool tensor: pairs to pull together; at least one
-    false, # (B, K) bool tensor: pairs to push apart; at least one
+    true, # (B, K) bool tensor: pairs to pull together
+    false, # (B, K) bool tensor: pairs to push apart
+    close, # (B, K) bool tensor: which of the false ones are close
 )->tuple[Tensor, Tensor]: # loss; share of the decided pairs on the right side of 0
-    "Sigmoid contrast over all decided pairs; true and false ones weigh the same in sum."
-    true, false = true.float(), false.float()
-    losses = F.softplus(-logits) * true / true.sum() + F.softplus(logits) * false / false.sum()
-    return losses.sum() / 2, ((logits > 0) == (true > 0))[(true + false) > 0].float().mean()
+    "Sigmoid contrast over all decided pairs: half the weight for the true ones, a quarter for the close and for the other false ones each."
+    share = lambda which: which.float() / which.sum().clamp(min=1)
+    losses = F.softplus(-logits) * share(true) + F.softplus(logits) * (share(false & ~close) + share(close)) / 2
+    return losses.sum() / 2, ((logits > 0) == true)[true | false].float().mean()
 
 # %% ../nbs/train/20_tiny_towers.ipynb #86c33e24
 def encode_pictures(
@@ -415,13 +449,12 @@ def encode_words(
     return F.normalize(x @ model.text_projection, dim=-1)
 
 # %% ../nbs/train/20_tiny_towers.ipynb #870f370b
-PHRASES = ([Phrase(shape=s) for s in range(6)] + [Phrase(colour=c) for c in range(8)] +
-           [Phrase(colour=c, shape=s) for c in range(8) for s in range(6)]) # of the first lesson
+KEEP, TEACH = .5, 2. # weights of the lesson's table after the first lesson: asked further; as a model for sentences
 
 
 class Scores(NamedTuple):
     "What a batch costs, and the share of its decided pairs that came out right."
-    loss:Tensor # mean of the next two
+    loss:Tensor # mean of the next two, and what the table adds after the first lesson
     image_loss:Tensor # asked of the class token
     patch_loss:Tensor # asked of the patches
     image_right:Tensor # share
@@ -437,25 +470,33 @@ class Contrast(nn.Module):
         self.model = model
         start = math.log(10.), -2., math.log(10.), -8.
         self.scale, self.bias, self.patch_scale, self.patch_bias = (nn.Parameter(torch.tensor(x)) for x in start)
-        self.table = nn.Parameter(torch.randn(len(PHRASES), model.text_projection.shape[1]))
+        self.table = nn.Parameter(torch.randn(len(LESSON), model.text_projection.shape[1]))
 
     def forward(self,
-        images, # (B, 64, 64, 3) uint8
-        sentences:list[str]|None, # K of them; None: the rows of `table`
+        seen, # of `encode_pictures`: (B, J) and (B, N, J)
+        t, # (K, J) unit vectors to compare with
     )->tuple[Tensor, Tensor]: # (B, K) logits of the class token, (B, K) of the patches
-        "Compare each picture with each sentence."
-        v, p = encode_pictures(self.model, normalise(images))
-        t = F.normalize(self.table, dim=-1) if sentences is None else encode_words(self.model, word_ids(sentences))
+        "Compare each picture with each vector."
+        v, p = seen
         each = self.patch_scale.exp() * torch.einsum("bnc,kc->bkn", p, t)
         return self.scale.exp() * v @ t.T + self.bias, each.logsumexp(-1) + self.patch_bias
 
     def score(self,
-        batch:Batch, # from `batch_of`
+        batch:Batch, # from `first_batch` or `batch_of`
     )->Scores: # loss first
         "Compare, and be told the truth."
-        true, false = torch.from_numpy(batch.true), torch.from_numpy(batch.false)
-        (a, a_right), (b, b_right) = (pair_loss(x, true, false) for x in self(batch.images, batch.sentences))
-        return Scores((a + b) / 2, a, b, a_right, b_right)
+        truth, seen = [torch.from_numpy(x) for x in (batch.true, batch.false, batch.close)], encode_pictures(self.model, normalise(batch.images))
+        t = F.normalize(self.table, dim=-1) if batch.sentences is None else encode_words(self.model, word_ids(batch.sentences))
+        (a, a_right), (b, b_right) = (pair_loss(x, *truth) for x in self(seen, t))
+        more = 0. if batch.taught is None else self._teach(seen, t, truth, torch.from_numpy(batch.taught))
+        return Scores((a + b) / 2 + more, a, b, a_right, b_right)
+
+    def _teach(self, seen, t, truth, taught):
+        "The table goes on being asked, and the last sentences shall have the vectors that it has for them."
+        rows, k = F.normalize(self.table, dim=-1)[taught], len(taught)
+        a, b = (pair_loss(x, *(y[:, -k:] for y in truth))[0] for x in self(seen, rows))
+        apart = 1 - (t[-k:] * rows.detach()).sum(-1).mean()
+        return KEEP * (a + b) / 2 + TEACH * apart
 
 # %% ../nbs/train/20_tiny_towers.ipynb #102a077d
 def own_ids()->list[int]: # sorted, with start, end and padding
@@ -487,16 +528,29 @@ def whiten(
     w = strength * vectors / (values + floor * (x * x).mean()).sqrt()
     conv.weight.copy_(w.T.reshape(n, 3, k, k))
 
+# %% ../nbs/train/20_tiny_towers.ipynb #4e24fee1
+@torch.no_grad()
+def smooth_positions(
+    table:Tensor, # (1 + n², C) class token, then the patches row by row; all but the first row are set
+    n:int, # patches along a side
+    strength:float=.2, # spread of the numbers afterwards
+):
+    "Start a table of positions as a random mixture of smooth waves along rows and columns."
+    k = torch.arange(1, n)
+    waves = (torch.pi * k * (torch.arange(n)[:, None] + .5) / n).cos() / k # (n, n − 1)
+    both = torch.cat([waves.expand(n, n, -1), waves[:, None].expand(n, n, -1)], -1).flatten(0, 1) # of the column, then of the row
+    mixed = both @ torch.randn(both.shape[1], table.shape[1])
+    table[1:] = strength * mixed / mixed.std()
+
 # %% ../nbs/train/20_tiny_towers.ipynb #03d1ec3e
 def first_batch(
     pools, # one or more `Pool`s, or pairs of pictures and rows
     rng, # a NumPy generator
     size:int=64, # B, shared equally among the pools
-)->Batch: # true and false are (B, 62): which of PHRASES is there
+)->Batch: # K = the claims of the lesson
     "Draw one step's pictures for the first lesson."
     images, rows = _drawn_from(pools, rng, size)
-    true = np.stack([p.fits(rows).any(1) for p in PHRASES], 1)
-    return Batch(images, None, true, ~true)
+    return Batch(images, None, *judged(LESSON, rows))
 
 # %% ../nbs/train/20_tiny_towers.ipynb #73e9a347
 def sentence_auc(
@@ -513,7 +567,7 @@ def sentence_auc(
     return float(np.mean(found)) if found else .5
 
 # %% ../nbs/train/20_tiny_towers.ipynb #bac31e78
-LR, WARM, LEAST, FALL = 1e-3, 200, .02, .2 # learning rate; steps of warming up; last over full rate; share of the run in which it falls
+LR, WARM, LEAST, FALL = 2e-3, 200, .02, .2 # learning rate; steps of warming up; last over full rate; share of the run in which it falls
 
 
 def rate(
@@ -583,6 +637,7 @@ class Pretraining:
         self.checks = [batch_of(self.judge[:1] * 2, rng, size) for _ in range(4)]
         self.learner = Contrast(fresh_towers(seed))
         whiten(self.learner.model.visual.conv1, self.learn[0].images[:1000])
+        smooth_positions(self.learner.model.visual.positional_embedding, TINY["image_size"] // TINY["patch_size"])
         self.optimiser = _optimiser(self.learner)
 
     def batch(self,
@@ -607,39 +662,45 @@ class Pretraining:
 
     @torch.no_grad()
     def check(self,
-        step:int, # in the first lesson the shapes are looked up in the table
-    )->dict: # losses on held-out scenes; AUC of the six shapes on held-out pictures of each kind, class token and best patch
+        step:int, # in the first lesson the claims are looked up in the table
+    )->dict: # losses on held-out scenes; AUCs of `lesson_auc` on held-out pictures of each kind
         "Score what is held out."
         found = [self.learner.score(b) for b in self.checks]
         losses = {f"val_{k}": round(float(np.mean([getattr(s, k).item() for s in found])), 4) for k in ("image_loss", "patch_loss")}
-        shapes = self.learner.table[:len(SHAPES)] if step < self.first else None
-        return losses | {f"shape_{kind}": shape_auc(self.learner.model, pool, shapes) for kind, pool in zip(KINDS, self.judge)}
+        table = self.learner.table if step < self.first else None
+        return losses | {kind: lesson_auc(self.learner.model, pool, table) for kind, pool in zip(KINDS, self.judge)}
+
+
+LESSONS = {"shapes": range(0, 6), "sizes": range(62, 90), "sides": range(90, 146), "extremes": range(146, 230), "relations": range(230, 342)} # families within LESSON
 
 
 @torch.no_grad()
-def shape_auc(
+def lesson_auc(
     model:open_clip.CLIP, # in training or not
-    pool:Pool, # its first 200 pictures are used
-    shapes=None, # (6, J) vectors to use in place of sentences
-)->list[float]: # of the class token and of the best patch
-    "AUC of “a circle”, “a square” …, the slowest lesson."
-    v, p = encode_pictures(model, normalise(pool.images[:200]))
-    t = encode_words(model, word_ids([f"a {name}" for name in SHAPES])) if shapes is None else F.normalize(shapes, dim=-1)
-    true, false = (np.stack(x, 1) for x in zip(*(Exists(Phrase(shape=s)).truth(pool.rows[:200]) for s in range(len(SHAPES)))))
-    best = torch.einsum("bnc,kc->bkn", p, t).amax(-1)
-    return [round(sentence_auc(x.numpy(), true, false), 3) for x in (v @ t.T, best)]
+    pool:Pool, # its first 256 pictures are used
+    table=None, # (len(LESSON), J) vectors to use in place of sentences
+)->dict: # {family: [class token, best patch]}; a family that the pictures do not decide is left out
+    "AUC of the lesson's claims against close ones: is the side right, given that the thing is there? For shapes, against all pictures without them."
+    v, p = encode_pictures(model, normalise(pool.images[:256]))
+    t = encode_words(model, word_ids([" ".join(c.words(np.random.default_rng(3))) for c in LESSON])) if table is None else F.normalize(table, dim=-1)
+    true, false, close = judged(LESSON, pool.rows[:256])
+    scores, found = ((v @ t.T).numpy(), torch.einsum("bnc,kc->bkn", p, t).amax(-1).numpy()), {}
+    for name, k in LESSONS.items():
+        wrong = (false if name == "shapes" else close)[:, k]
+        if (true[:, k].any(0) & wrong.any(0)).any(): found[name] = [round(sentence_auc(x[:, k], true[:, k], wrong), 3) for x in scores]
+    return found
 
 # %% ../nbs/train/20_tiny_towers.ipynb #f2a75545
 def pretrain(
     out, # folder for model.safetensors, config.json and log.jsonl; state.safetensors until the end
     pools=None, # three `Pool`s to learn from, as in KINDS; None draws those of the shipped towers
     *,
-    steps:int=3000, # corrections in all
-    size:int=64, # pictures per step, two sentences each
+    steps:int=3200, # corrections in all
+    size:int=64, # pictures per step, three sentences each
     seed:int=0, # of weights and batches
     first:int=FIRST, # steps of the first lesson
     held_out=HELD_OUT, # how many pictures at the end of each pool are only checked on
-    every:int=50, # steps from one line of the log to the next; checks and states come five times as rarely
+    every:int=100, # steps from one line of the log, with its checks, to the next; states come five times as rarely
     stop:int|None=None, # leave off after this many steps; the same call without it goes on
     threads:int|None=None, # processor threads for PyTorch; None leaves them as they are
     workers:int=2, # processes that draw
@@ -655,11 +716,10 @@ def pretrain(
     if state.exists(): done = _load_state(state, run.learner, run.optimiser, settings)
     rows, end = done["rows"], min(steps, stop or steps)
     for s in tqdm(range(done["step"], end), initial=done["step"], total=steps, desc="tiny-clip", disable=not progress):
-        row, checked = dict(step=s, **run.step(s)), s % (5 * every) == 0 or s + 1 in (first, end)
-        if checked: row |= run.check(s)
-        seconds = round(done["seconds"] + time.time() - started, 1)
-        if checked or s % every == 0: rows.append(row | dict(seconds=seconds))
-        if checked: _save_state(state, run.learner, run.optimiser, dict(settings=settings, step=s + 1, seconds=seconds, rows=rows))
+        row, last = dict(step=s, **run.step(s)), s + 1 in (first, end)
+        if not last and s % every: continue
+        rows.append(row | run.check(s) | dict(seconds=round(done["seconds"] + time.time() - started, 1)))
+        if last or s % (5 * every) == 0: _save_state(state, run.learner, run.optimiser, dict(settings=settings, step=s + 1, seconds=rows[-1]["seconds"], rows=rows))
     return _close(out, run.learner.model, settings, rows) if end == steps else run.learner.model.eval()
 
 
