@@ -271,12 +271,15 @@ class Head(nn.Module):
         layers:int=3, # layers of the decoder
         dropout:float=.1, # in the decoder, in training
         prior:float|None=None, # see `Projector`
+        side:int|None=None, # channels of the global network's grid; None: there is no such network
     ):
         super().__init__()
         self.neck = Neck(dims, joint, width)
         self.words = nn.Identity() if text_width == width else nn.Linear(text_width, width)
         self.decoder = Decoder(width, heads, ffn, layers, dropout)
         self.projector = Projector(joint, width, prior=prior)
+        self.side = None if side is None else nn.Conv2d(side, width, 1)
+        if self.side: nn.init.zeros_(self.side.weight), nn.init.zeros_(self.side.bias)
 
     @property
     def published_count(self)->int: # parameters, as numbers
@@ -289,9 +292,9 @@ class Head(nn.Module):
         words:Tensor, # (B, L, text_width)
         mask:Tensor, # (B, L) bool, True = a word, False = padding
         sentence:Tensor, # (B, joint)
-        side:Tensor|None=None, # (B, width, h, w) added to the neck's output
+        side:Tensor|None=None, # (B, side, h, w) what the global network adds to the neck's output
     )->Tensor: # (B, 1, 4h, 4w) logits
         "Neck, decoder, projector."
         x = self.neck(taps, sentence)
-        if side is not None: x = x + side
+        if self.side: x = x + self.side(side)
         return self.projector(self.decoder(x, self.words(words), mask), sentence)
