@@ -27,7 +27,7 @@ def on_screen()->bool: # is somebody watching?
     return sys.stderr.isatty()
 
 # %% ../nbs/17_cli.ipynb #ae72bc02
-DEMO = dict(config="barleria-noglobal-tiny", folder="refshapes", scenes=None, epochs=3, batch=32, lr=5e-4, val_refs=300) # scenes None: all of RefShapes v1
+DEMO = dict(config="barleria-tiny", folder="refshapes", scenes=None, epochs=2, batch=32, lr=5e-4, val_refs=300) # scenes None: all of RefShapes v1
 QUICK = DEMO | dict(folder="refshapes-quick", scenes=dict(train=240, val=40, testA=20, testB=20), epochs=2, batch=32)
 
 # %% ../nbs/17_cli.ipynb #8e72cf30

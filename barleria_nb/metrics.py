@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 
 from .core import BarleriaError, read_json
 from .data import Letterbox, RefDataset, RefSet, _index, _whole, collate, decode_mask, normalise
+from .loss import resize_target
 
 # %% ../nbs/13_metrics.ipynb #37afec19
 def _mask(x, who):
@@ -236,15 +237,16 @@ def random_object_baseline(
 def grid_ceiling(
     refset:RefSet, # what to score on
     size:int, # side of the square that a model sees, pixels
-    stride:int=4, # pixels of the square per sample of the output grid
+    stride:float=4, # pixels of the square per sample of the output grid: a quarter of a patch, 3.5 where patches have 14
     threshold:float=THRESHOLD, # of the value brought back, strictly above
 )->Scores: # one record per sentence
-    "Score the training target itself: letterbox, every stride-th pixel, back to the image, threshold. A `BarleriaError` unless stride divides size."
-    if stride < 1 or size % stride: raise BarleriaError(f"a stride of {stride} does not divide the size {size}; take one that does.")
-    scores = Scores(protocol=f"{refset.name}, every sentence once, own pixels, the target on a grid of stride {stride} at {size} px, > {threshold:g}")
+    "Score the training target itself: letterbox, nearest resizing to the output grid, back to the image, threshold. A `BarleriaError` unless stride divides size."
+    side = round(size / stride) if stride >= 1 else 0 # samples in a row
+    if not side or abs(side * stride - size) > 1e-6: raise BarleriaError(f"a stride of {stride} does not divide the size {size}; take one that does.")
+    scores = Scores(protocol=f"{refset.name}, every sentence once, own pixels, the target on a grid of stride {stride:g} at {size} px, > {threshold:g}")
     for ref in refset:
         box, truth = Letterbox(ref.height, ref.width, size), refset.mask(ref)
-        grid = torch.from_numpy(box.mask(truth))[::stride, ::stride]
+        grid = resize_target(torch.from_numpy(box.mask(truth))[None, None], (side, side))[0, 0]
         pair = counts(box.inverse(grid, stride) > threshold, truth)
         for s in ref.sentences: scores.add(s.sent_id, *pair)
     return scores

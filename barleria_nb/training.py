@@ -24,7 +24,7 @@ from .core import BarleriaError, atomic, count, near, pick_device, read_json, st
 from .data import RefDataset, RefSet, collate, normalise
 from .loss import batch_iou, text_to_pixel_loss
 from .metrics import evaluate
-from .model import Config, RISModel, build_model, read_note, read_tensors, save_tuned, tuned_state, write_tensors
+from .model import Config, RISModel, build_model, read_note, read_tensors, save_tuned, towers_hash, tuned_state, write_tensors
 
 # %% ../nbs/14_training.ipynb #57c99982
 def optimiser(
@@ -47,7 +47,7 @@ def lr_at(
 def train_step(
     model:nn.Module, # in training mode
     batch:dict, # from `collate`, on the model's device
-)->tuple[Tensor, Tensor]: # loss, logits
+)->tuple[Tensor, Tensor]: # loss, a scalar; logits (B, 1, h, w)
     "Forward pass and loss of one batch."
     logits = model(normalise(batch["image"]), batch["ids"], batch["words"])
     return text_to_pixel_loss(logits, batch["mask"]), logits
@@ -68,7 +68,7 @@ class EpochOrder(Sampler):
         self.epoch = epoch
 
     def __iter__(self):
-        g = torch.Generator().manual_seed(stable_hash(self.seed, "order", self.epoch) % 2**63)
+        g = torch.Generator().manual_seed(stable_hash(self.seed, "order", self.epoch) % 2**63) # PyTorch's seeds end there
         return iter(torch.randperm(self.n, generator=g).tolist())
 
     def __len__(self): return self.n
@@ -94,9 +94,9 @@ def save_state(
     path, # a .safetensors file to write
     model:RISModel, # its tuned numbers are kept
     optimiser:torch.optim.Optimizer, # its moments are kept
-    progress:dict, # JSON values: settings, epochs done, best score, seconds, log rows
+    progress:dict, # JSON values: settings, towers' fingerprint, epochs done, best score, seconds, log rows
 ):
-    "Write all that a stopped run needs to go on: one file, whole or not at all."
+    "Write all that a stopped run needs to go on: one file, whole or, with a `BarleriaError`, not at all."
     write_tensors(path, full_state(model, optimiser), dict(format=STATE, **progress))
 
 # %% ../nbs/14_training.ipynb #b1a1cce3
@@ -134,10 +134,11 @@ def hardware(
     device, # where the model is
 )->str: # such as "2 CPU threads, Intel(R) Xeon(R) Processor @ 2.50GHz"
     "What the numbers were made on."
-    if torch.device(device).type == "cuda": return torch.cuda.get_device_name(device)
+    kind = torch.device(device).type
+    if kind == "cuda": return torch.cuda.get_device_name(device)
     try: name = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} CPU threads, {name}"
+    return f"{torch.get_num_threads()} CPU threads, {name}" if kind == "cpu" else f"{kind}, {name}"
 
 
 def run_card(
@@ -162,15 +163,19 @@ class RunFolder:
     def file(self, name): return self.path / name
 
     def finished(self)->dict|None: # the finished run's card, None when there is more to do
-        "Look what is there; a `BarleriaError` when it belongs to other settings."
+        "Look what is there; a `BarleriaError` when it belongs to other settings or to something else, or has lost its model."
         if self.path.exists() and not self.path.is_dir(): raise BarleriaError(f"{self.path} is a file; choose a folder for the run.")
         if not self.file("run.json").exists():
-            if self.path.exists() and any(self.path.glob("*.safetensors")): raise BarleriaError(f"{self.path} holds models but no run.json; choose another folder.")
+            held = [p for p in self.path.glob("*") if p.suffix == ".safetensors" or p.name in ("log.jsonl", "log.csv")]
+            if held: raise BarleriaError(f"{self.path} holds {held[0].name} but no run.json; choose another folder.")
             return None
         card = read_json(self.file("run.json"))
         if not isinstance(card, dict) or card.get("settings") != self.settings:
             raise BarleriaError(f"{self.path} holds a run with other settings{self._difference(card)}; choose another folder or remove it.")
-        return card if card.get("done") is True else None
+        done = card.get("done") is True
+        if (done or self.file("state.safetensors").exists()) and not self.file("tuned.safetensors").exists():
+            raise BarleriaError(f"{self.path} has lost its tuned.safetensors; remove the folder and train again.")
+        return card if done else None
 
     def _difference(self, card):
         theirs = card.get("settings") if isinstance(card, dict) else None
@@ -180,7 +185,7 @@ class RunFolder:
 
     def sweep(self):
         "Remove what a killed process left half written."
-        for part in self.path.glob(".*-????????.*"): part.unlink(missing_ok=True)
+        for part in self.path.glob(f".*-{'[0-9a-f]' * 8}.*"): part.unlink(missing_ok=True) # as `atomic` names them
 
     def log(self, row):
         "Add a row to the log."
@@ -206,12 +211,13 @@ def accelerator(
     if precision not in PRECISIONS: raise BarleriaError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.{near(precision, PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu": raise BarleriaError("precision fp16 needs a GPU; use bf16 or no on a CPU.")
     if int(os.environ.get("WORLD_SIZE") or 1) > 1: raise BarleriaError("training uses one process; start it without a distributed launcher.")
-    AcceleratorState._reset_state(True)
-    return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    AcceleratorState._reset_state(True) # it allows one precision per process, for good; each run has its own
+    try: return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
+    except ValueError as e: raise BarleriaError(f"precision {precision} is beyond {device} ({' '.join(str(e).split())[:100]}); use no.") from e
 
 # %% ../nbs/14_training.ipynb #37991240
 class Loop:
-    "Model, optimiser and data of one run, and the correction; it knows of no files."
+    "Model, optimiser and data of one run, and the correction; it knows of no files. A `BarleriaError` for too few refs, too many words, a precision that the device lacks."
     def __init__(self,
         config:Config, # of the model and the schedule
         data:RefSet, # to learn from
@@ -225,11 +231,13 @@ class Loop:
         self.data, self.order = RefDataset(data, config.size, config.words, train=True, seed=seed), EpochOrder(len(data), seed)
         self.loader = DataLoader(self.data, config.batch, sampler=self.order, collate_fn=collate, drop_last=True, num_workers=workers, pin_memory=device.type == "cuda")
         self.model, self.steps = build_model(config, seed).to(device), len(self.loader) * config.epochs
+        longest = self.model.encoder.text.length
+        if config.words > longest: raise BarleriaError(f"{config.words} word pieces are more than the {longest} that {config.name} can read; give a smaller --words.")
         self.optimiser = optimiser(self.model, config.lr)
         self.adam = self.accelerator.prepare(self.optimiser)
 
     def epoch(self, epoch):
-        "One sentence of every ref, in this epoch's order; yields step number, loss and the batch's IoUs after each correction."
+        "One sentence of every ref but the last ones that fill no batch, in this epoch's order; yields step number, loss and the batch's IoUs (B,), both from before the correction."
         self.order.set_epoch(epoch), self.data.set_epoch(epoch), self.model.train()
         for step, batch in enumerate(self.loader, epoch * len(self.loader)):
             batch = {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
@@ -254,31 +262,35 @@ class Keeper:
         folder:RunFolder, # where everything goes
     ):
         self.loop, self.folder, self.done, self.best, self.seconds = loop, folder, 0, None, []
+        self.towers = towers_hash(loop.model) # they are not saved, so a resumed run must find the same
 
     def progress(self, epochs)->dict: # JSON values
         "What to remember besides tensors."
         scaler = self.loop.accelerator.scaler
-        return dict(settings=self.folder.settings, epochs_done=epochs, best=self.best, seconds=self.seconds, rows=self.folder.rows, scaler=scaler and scaler.state_dict())
+        return dict(settings=self.folder.settings, towers=self.towers, epochs_done=epochs, best=self.best, seconds=self.seconds, rows=self.folder.rows,
+            scaler=scaler and scaler.state_dict())
 
     def keep(self, epochs):
         "Save all that is needed to go on."
         save_state(self.folder.file("state.safetensors"), self.loop.model, self.loop.optimiser, self.progress(epochs))
 
     def resume(self):
-        "Go on after the last finished epoch, if there is one."
+        "Go on after the last finished epoch, if there is one; a `BarleriaError` when its state is damaged, or of other settings or towers."
         self.folder.sweep()
         path = self.folder.file("state.safetensors")
         if not path.exists(): return
-        kept = load_state(path, self.loop.model, self.loop.optimiser)
-        if kept.keys() != self.progress(0).keys() or kept["settings"] != self.folder.settings or kept["epochs_done"] not in range(1, self.loop.config.epochs):
-            raise BarleriaError(f"{path} is the training state of another run; remove the run's folder and train again.")
+        kept, now = load_state(path, self.loop.model, self.loop.optimiser), self.progress(0)
+        same = kept.keys() == now.keys() and all(kept[k] == now[k] for k in ("settings", "towers"))
+        if not same or kept["epochs_done"] not in range(1, self.loop.config.epochs):
+            raise BarleriaError(f"{path} is the training state of another run or of other towers; remove the run's folder and train again.")
         self.done, self.best, self.seconds, self.folder.rows = (kept[k] for k in ("epochs_done", "best", "seconds", "rows"))
         if self.loop.accelerator.scaler: self.loop.accelerator.scaler.load_state_dict(kept["scaler"])
 
     def write_card(self, done)->dict: # the run's card
         "Write `run.json`."
         model = self.loop.model
-        numbers = dict(encoder=count(model.encoder)[0], head=count(model.head)[0], all=count(model)[1])
+        encoder, head, (trained, everything) = count(model.encoder)[0], count(model.head)[0], count(model)
+        numbers = dict(encoder=encoder, beside=trained - encoder - head, head=head, all=everything) # beside: a global network
         card = run_card(self.loop.config, self.folder.settings, self.loop.device)
         card |= dict(done=done, best=self.best, seconds=round(sum(self.seconds), 1), epoch_seconds=self.seconds, steps=self.loop.steps, numbers=numbers)
         write_json(self.folder.file("run.json"), card)
@@ -311,7 +323,7 @@ class Trainer(Keeper):
         return card
 
     def one_epoch(self, epoch):
-        "Correct, and log every twenty steps; stop when the loss is lost."
+        "Correct, and log every twenty steps (their mean loss, and the last batch's mean IoU); stop when the loss is lost."
         losses, last = [], (epoch + 1) * len(self.loop.loader) - 1
         for step, loss, ious in self.loop.epoch(epoch):
             losses.append(loss)
@@ -324,8 +336,9 @@ class Trainer(Keeper):
 
     def close_epoch(self, epoch, started):
         "Score, keep the best, save what a resumed run needs: in this order."
-        if not all(t.isfinite().all() for t in tuned_state(self.loop.model).values()): self.lost(f"a weight is no longer finite after epoch {epoch}")
-        score = self.score(epoch) if self.judge else None
+        if not all(t.isfinite().all() for t in full_state(self.loop.model, self.loop.optimiser).values()):
+            self.lost(f"a weight or a mean of Adam's is no longer finite after epoch {epoch + 1}")
+        score = None if self.judge is None else self.score(epoch)
         if score is None or self.best is None or score["mIoU"] > self.best["mIoU"]:
             self.best = dict(epoch=epoch, **score) if score else None
             save_tuned(self.loop.model, self.folder.file("tuned.safetensors"), dict(settings=self.folder.settings, epoch=epoch, val=score))
@@ -352,7 +365,7 @@ def train(
     *,
     seed:int=0, # of everything random
     val:str|None="val", # split that chooses the best epoch; None trains blind and keeps the last
-    val_refs:int|None=None, # score this many refs of it in each epoch; None: all
+    val_refs:int|None=None, # score its first so many refs in each epoch; None: all
     shuffle_sentences:bool=False, # control: every ref gets another ref's sentences, so that only the picture can help
     device="auto", # see `pick_device`
     precision:str="no", # "no" (32 bits), "bf16" or "fp16": Accelerate's mixed precision
@@ -360,7 +373,10 @@ def train(
     progress:bool=True, # show a bar
     tell=None, # function called with each row of the log as it is made, for other kinds of progress
 )->dict: # the run's card: config, settings, seconds, best score …
-    "Train a configuration from scratch and keep the epoch that scores best on `val`."
+    """Train a configuration from scratch and keep the epoch that scores best on `val`.
+
+    A `BarleriaError` for a folder of other settings, data without the split or smaller than a batch, a precision or device that is not there,
+    a loss that is no longer finite, and a file that cannot be read or written; the epochs before are kept."""
     settings = {k: v for k, v in asdict(config).items() if k != "name"}
     settings = dict(config=config.name, **settings, data=data_name(data), seed=seed, val=val, val_refs=val_refs, shuffle_sentences=shuffle_sentences, precision=precision)
     folder = RunFolder(out, settings, tell)
@@ -369,7 +385,7 @@ def train(
     pictures = data.split("train")
     if shuffle_sentences: pictures = shuffled(pictures, seed)
     judge = None if val is None else first_refs(data.split(val), val_refs)
-    return Trainer(Loop(config, pictures, seed, pick_device(device), precision, workers), judge, folder, progress).run()
+    return Trainer(Loop(config, pictures, seed, pick_device(str(device)), precision, workers), judge, folder, progress).run()
 
 # %% ../nbs/14_training.ipynb #f345e39f
 def data_name(
@@ -382,9 +398,10 @@ def data_name(
 
 def first_refs(
     data:RefSet, # any set
-    n:int|None, # how many; None: all
+    n:int|None, # how many, 1 or more; None: all
 )->RefSet: # its first refs
-    "Take the first `n` refs."
+    "Take the first `n` refs; a `BarleriaError` for none."
+    if n is not None and n < 1: raise BarleriaError(f"{n} refs of {data.name} are none; give 1 or more, or None for all.")
     return data if n is None else RefSet(data.root, data.refs[:n], f"{data.name}, first {n} refs")
 
 

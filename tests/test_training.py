@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,10 +105,25 @@ def test_foreign_folders_are_refused(data, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "mine.safetensors").write_bytes(b"precious")
     line(lambda: go(data, tmp_path / "models"), "no run.json")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "log.csv").write_text("my own")
+    line(lambda: go(data, tmp_path / "logs"), "log.csv", "no run.json")
+    assert contents(tmp_path / "logs") == {"log.csv": b"my own"}
     (tmp_path / "json").mkdir()
     (tmp_path / "json" / "run.json").write_text("[1]")
     line(lambda: go(data, tmp_path / "json"), "other settings")
     assert contents(tmp_path / "models") == {"mine.safetensors": b"precious"} and contents(tmp_path / "json") == {"run.json": b"[1]"}
+
+
+def test_a_lost_model_is_told(data, whole, tmp_path, monkeypatch):
+    "A finished or stopped run whose tuned model is gone neither counts as finished nor goes on without it."
+    shutil.copytree(whole, tmp_path / "done")
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", 4)
+        with pytest.raises(Stop): go(data, tmp_path / "stopped")
+    for out in (tmp_path / "done", tmp_path / "stopped"):
+        (out / "tuned.safetensors").unlink()
+        line(lambda: go(data, out), str(out), "has lost its tuned.safetensors")
 
 
 def test_commit_only_of_tracked_files(tmp_path):
@@ -220,7 +236,8 @@ def test_damaged_state_is_refused(data, tmp_path, monkeypatch):
     spoil = {
         "cut": lambda: state.write_bytes(kept[:-5]), "text": lambda: state.write_text("state"),
         "other format": lambda: write_tensors(state, tensors, {**note, "format": "x"}), "no note": lambda: write_tensors(state, tensors, None),
-        "other settings": lambda: write_tensors(state, tensors, {**note, "settings": {}}), "too far": lambda: write_tensors(state, tensors, {**note, "epochs_done": 99}),
+        "other settings": lambda: write_tensors(state, tensors, {**note, "settings": {}}), "other towers": lambda: write_tensors(state, tensors, {**note, "towers": "0" * 64}),
+        "too far": lambda: write_tensors(state, tensors, {**note, "epochs_done": 99}),
         "short": lambda: write_tensors(state, tensors, {k: v for k, v in note.items() if k != "rows"}),
         "tensor gone": lambda: write_tensors(state, {n: t for n, t in tensors.items() if n != name}, note),
         "not a number": lambda: write_tensors(state, {**tensors, name: tensors[name] * float("nan")}, note),
@@ -275,7 +292,7 @@ def test_weights_lost_at_the_last_step_are_not_saved(data, tmp_path, monkeypatch
             with torch.no_grad(): next(self.model.head.parameters())[0] = float("inf")
         return answer
     monkeypatch.setattr(Loop, "step", step)
-    line(lambda: go(data, tmp_path / "run", val=None), "after epoch 1")
+    line(lambda: go(data, tmp_path / "run", val=None), "after epoch 2")
     assert training.read_note(tmp_path / "run" / "state.safetensors")["epochs_done"] == 1
     load_tuned(tmp_path / "run" / "tuned.safetensors")
 
@@ -289,6 +306,28 @@ def test_precision(data, tmp_path):
 def test_several_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     line(lambda: accelerator("no", CPU), "one process")
+
+
+def test_too_many_words(data, tmp_path):
+    line(lambda: train(config("snf-tiny", **SHORT, words=40), data, tmp_path / "run", device=CPU, progress=False), "40 word pieces", "smaller --words")
+    assert not (tmp_path / "run").exists()
+
+
+def test_moments_that_overflow_are_not_saved(data, tmp_path, monkeypatch):
+    "Adam's mean of squares can overflow while every weight is still a number."
+    plain = Loop.step
+    def step(self, batch, k):
+        answer = plain(self, batch, k)
+        if k == 1: next(iter(self.optimiser.state.values()))["exp_avg_sq"][:] = float("inf")
+        return answer
+    monkeypatch.setattr(Loop, "step", step)
+    line(lambda: go(data, tmp_path / "run"), "Adam", "after epoch 1")
+    assert os.listdir(tmp_path / "run") == ["run.json"]
+
+
+def test_no_ref_to_choose_by(data, tmp_path):
+    for n in (0, -1): line(lambda: go(data, tmp_path / "run", val_refs=n), "1 or more")
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_large_a_batch(data, tmp_path):
