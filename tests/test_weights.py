@@ -1,0 +1,343 @@
+"Real weights: where they are looked for, what is refused, and that they give open_clip's own numbers. Nothing here touches a network."
+import hashlib
+import io
+import os
+import pickle
+import re
+import struct
+import warnings
+import zipfile
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from huggingface_hub import constants
+from huggingface_hub.errors import RevisionNotFoundError
+from safetensors.torch import save, save_file
+
+import barleria_nb.backbones as module
+from barleria_nb.backbones import CLIPS, WEIGHTS, build_encoder, clip_encoder, find_weights, fingerprint, hub_place, read_weights, weights_folder
+from barleria_nb.core import BarleriaError
+
+STAND_IN = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=3, width=16, head_width=8, patch_size=8),
+    text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=3)) # b16's place, at 1/200 of its size
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    "Neither a network nor anybody's files: whoever asks the hub fails the test."
+    def never(*args, **kw): pytest.fail("the hub was asked")
+    monkeypatch.setattr(module, "get_hf_file_metadata", never)
+    monkeypatch.setattr(module, "hf_hub_download", never)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path/"hub"))
+    monkeypatch.setenv("BARLERIA_WEIGHTS", str(tmp_path/"weights"))
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    (tmp_path/"weights").mkdir()
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    "A small CLIP in b16's place; its random numbers by name."
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "stand-in", STAND_IN)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "stand-in", {"openai": {"hf_hub": "some/where/"}})
+    monkeypatch.setitem(CLIPS, "b16", ("stand-in", 48))
+    torch.manual_seed(0)
+    return {k: t.clone() + .02 * torch.randn_like(t) for k, t in module._clip("stand-in").state_dict().items()}
+
+
+def told(call, *words):
+    "The one line that `call` fails with."
+    with pytest.raises(BarleriaError) as e: call()
+    line = str(e.value)
+    assert "\n" not in line and len(line) < 700 and all(w in line for w in words), line
+    return line
+
+
+def numbers(encoder, size):
+    "What a picture and a sentence become in the joint space."
+    torch.manual_seed(1)
+    image, ids, words = torch.randn(1, 3, size, size), torch.zeros(1, 77, dtype=torch.long), torch.arange(77)[None] < 9
+    ids[:, 1:8], ids[:, 0], ids[:, 8] = torch.randint(300, 40000, (1, 7)), 49406, 49407
+    with torch.no_grad():
+        if isinstance(encoder, module.DualEncoder): out = encoder(image, ids, words); return out.pooled, out.sentence
+        return encoder.encode_image(image), encoder.encode_text(ids)
+
+
+# --------------------------------------------------------------------------------------------------- the table and the folder
+def test_every_clip_is_pinned_and_open_clip_knows_it():
+    assert set(WEIGHTS) == set(CLIPS)
+    for name, pin in WEIGHTS.items():
+        assert re.fullmatch("[0-9a-f]{40}", pin["revision"]) and re.fullmatch("[0-9a-f]{64}", pin["sha256"])
+        assert (CLIPS[name][0], pin["tag"]) in open_clip.list_pretrained()
+    assert hub_place("b16") == ("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors")
+    assert len({pin["sha256"] for pin in WEIGHTS.values()}) == 3
+
+
+def test_folder(monkeypatch, tmp_path):
+    assert weights_folder() == tmp_path/"weights"
+    monkeypatch.setenv("BARLERIA_WEIGHTS", "~/mine")
+    assert weights_folder() == Path.home()/"mine"
+    for unset in ("", None):
+        monkeypatch.setenv("BARLERIA_WEIGHTS", unset) if unset is not None else monkeypatch.delenv("BARLERIA_WEIGHTS")
+        assert weights_folder() == Path.home()/".cache"/"barleria_nb"/"weights"
+
+
+def test_own_file_comes_first(stand_in, monkeypatch):
+    for ending in (".bin", ".pt", ".safetensors"):
+        path = weights_folder()/f"b16{ending}"
+        save_file(stand_in, path) if ending == ".safetensors" else torch.save(stand_in, path)
+        with pytest.warns(UserWarning, match="not the published file"): assert find_weights("b16") == path
+        with pytest.warns(UserWarning, match=fingerprint(path)): assert find_weights("b16", revision="main") == path
+    with pytest.warns(UserWarning): encoder = build_encoder("b16", pretrained=True)
+    assert encoder.name == "b16" and torch.equal(encoder.visual.conv.weight, stand_in["visual.conv1.weight"])
+    monkeypatch.setitem(WEIGHTS, "b16", WEIGHTS["b16"] | {"sha256": fingerprint(path)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_weights("b16") == path
+
+
+def test_a_configuration_asks_for_them(stand_in):
+    from barleria_nb.model import build_model, config
+    save_file(stand_in, weights_folder()/"b16.safetensors")
+    with pytest.warns(UserWarning): model = build_model(config("snf-b16", pretrained=True))
+    assert torch.equal(model.encoder.text.positions, stand_in["positional_embedding"])
+    assert not any(p.requires_grad for n, p in model.encoder.named_parameters() if not n.startswith("tuners."))
+
+
+def test_who_has_none():
+    for name in ("dino-b14", "dino-l14"): told(lambda: build_encoder(name, pretrained=True), "no pretrained weights", "pretrained=False")
+    for name in ("tiny", "dino-b14"): told(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
+    told(lambda: find_weights("b61"), "Did you mean b16")
+    told(lambda: read_weights("x.safetensors", "tiny"), "b16")
+
+
+# -------------------------------------------------------------------------------------------------------------------- reading
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ending", module.ENDINGS)
+def test_formats_and_types(stand_in, tmp_path, ending, dtype):
+    state, path = {k: t.to(dtype) for k, t in stand_in.items()}, tmp_path/f"any{ending}"
+    save_file(state, path) if ending == ".safetensors" else torch.save(state, path)
+    got = read_weights(path, "b16")
+    assert got.keys() == state.keys() and all(t.dtype == torch.float32 and torch.equal(t, state[k].float()) for k, t in got.items())
+    for where in (path, str(path)):
+        encoder = build_encoder("b16", pretrained=where)
+        assert all(p.dtype == torch.float32 for p in encoder.parameters()) and encoder.visual.grid == (6, 6)
+
+
+def test_openai_names_are_the_same(stand_in, tmp_path):
+    sizes = dict(input_resolution=torch.tensor(32), context_length=torch.tensor(77), vocab_size=torch.tensor(49408))
+    torch.save(stand_in | sizes, tmp_path/"openai.pt")
+    assert read_weights(tmp_path/"openai.pt", "b16").keys() == stand_in.keys()
+
+
+def library(path, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return open_clip.create_model("stand-in", str(path), force_image_size=size).eval()
+
+
+@pytest.mark.parametrize("size", [32, 48, 104, 24])
+def test_same_numbers_as_open_clip(stand_in, tmp_path, size):
+    save_file(stand_in, tmp_path/"w.safetensors")
+    ours, theirs = clip_encoder("stand-in", size, tmp_path/"w.safetensors"), library(tmp_path/"w.safetensors", size)
+    for a, b in zip(numbers(ours, size), numbers(theirs, size)): assert (a - b).abs().max() < 1e-5
+    assert torch.equal(ours.visual.positions, theirs.visual.positional_embedding)
+
+
+def test_a_grid_of_another_form_with_as_many_patches(stand_in, tmp_path):
+    save_file(stand_in, tmp_path/"w.safetensors")
+    table = clip_encoder("stand-in", (16, 64), tmp_path/"w.safetensors").visual.positions
+    old = rearrange(stand_in["visual.positional_embedding"][1:], "(h w) c -> 1 c h w", h=4)
+    new = rearrange(F.interpolate(old, (2, 8), mode="bicubic", antialias=True), "1 c h w -> (h w) c")
+    assert torch.equal(table[0], stand_in["visual.positional_embedding"][0]) and torch.allclose(table[1:], new, atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- hostile files
+RAN = Path(os.environ.get("TMPDIR", "/tmp"))/f"barleria-ran-{os.getpid()}"
+
+class Evil:
+    "Unpickled, it makes a file."
+    def __reduce__(self): return Path.touch, (RAN,)
+
+
+def header(text): return struct.pack("<Q", len(text)) + text
+
+
+def packed(parts, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as z:
+        for name, data in parts.items(): z.writestr(name, data)
+    return file.getvalue()
+
+
+def torch_bytes(obj, **kw):
+    file = io.BytesIO()
+    torch.save(obj, file, **kw)
+    return file.getvalue()
+
+
+def with_nan(state): return state | {"ln_final.bias": state["ln_final.bias"] / 0}
+
+
+HOSTILE = { # name -> (ending, bytes from the good tensors, what the line says)
+    "empty": (".safetensors", lambda s: b"", ""),
+    "text": (".safetensors", lambda s: b"<!doctype html><title>not found</title>", "header is too long"),
+    "absurd header": (".safetensors", lambda s: struct.pack("<Q", 2**60) + b"{}", "header is too long"),
+    "header past the end": (".safetensors", lambda s: struct.pack("<Q", 2**20) + b"{}", ""),
+    "header is no JSON": (".safetensors", lambda s: header(b"[" * 99), ""),
+    "nested header": (".safetensors", lambda s: header(b"[" * 10**6), ""),
+    "offsets past the end": (".safetensors", lambda s: header(b'{"logit_scale":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}'), ""),
+    "a shape larger than the bytes": (".safetensors", lambda s: header(b'{"logit_scale":{"dtype":"F32","shape":[4000000000],"data_offsets":[0,4]}}') + bytes(4), ""),
+    "cut short": (".safetensors", lambda s: save(s)[:-9], ""),
+    "longer": (".safetensors", lambda s: save(s) + bytes(9), ""),
+    "no tensors": (".safetensors", lambda s: save({}), "is missing"),
+    "one tensor missing": (".safetensors", lambda s: save({k: t for k, t in s.items() if k != "visual.proj"}), "'visual.proj' is missing, expected (16, 16)"),
+    "one too many": (".safetensors", lambda s: save(s | {"more": torch.zeros(1)}), "'more' is (1,) of type F32, expected none of that name"),
+    "a name of a megabyte": (".safetensors", lambda s: save(s | {"!" * 10**6: torch.zeros(1)}), "expected none of that name"),
+    "another shape": (".safetensors", lambda s: save(s | {"visual.proj": torch.zeros(16, 17)}), "'visual.proj' is (16, 17) of type F32, expected (16, 16)"),
+    "whole numbers": (".safetensors", lambda s: save(s | {"visual.proj": s["visual.proj"].to(torch.int8)}), "'visual.proj' is (16, 16) of type I8"),
+    "not finite": (".safetensors", lambda s: save(with_nan(s)), "'ln_final.bias' holds numbers that are not finite"),
+    "not finite in halves": (".safetensors", lambda s: save({k: t.half() for k, t in (s | {"logit_scale": torch.tensor(1e6)}).items()}), "'logit_scale' holds"),
+    "a pickle called safetensors": (".safetensors", lambda s: pickle.dumps(Evil()), ""),
+    "torch called safetensors": (".safetensors", lambda s: torch_bytes(s), ""),
+    "safetensors called torch": (".pt", lambda s: save(s), "not a zip file"),
+    "a pickle": (".pt", lambda s: pickle.dumps(Evil()), "not a zip file"),
+    "a pickle in torch's archive": (".pt", lambda s: torch_bytes(s | {"more": Evil()}), "nothing in it was run"),
+    "a pickle as .bin": (".bin", lambda s: torch_bytes(Evil()), "nothing in it was run"),
+    "torch's oldest format": (".pt", lambda s: torch_bytes(s, _use_new_zipfile_serialization=False), "not a zip file"),
+    "a program": (".pt", lambda s: packed({"m/data.pkl": b"", "m/constants.pkl": b"", "m/version": b"3"}), "TorchScript"),
+    "compressed": (".pt", lambda s: packed({"m/data.pkl": bytes(10**6)}, zipfile.ZIP_DEFLATED), "compressed"),
+    "an empty archive": (".pt", lambda s: packed({}), ""),
+    "torch cut short": (".pt", lambda s: torch_bytes(s)[:-99], ""),
+    "torch with a hole": (".pt", lambda s: (b := torch_bytes(s))[:5000] + bytes(90) + b[5090:], ""),
+    "a list": (".pt", lambda s: torch_bytes(list(s.values())), "no plain list of named tensors"),
+    "a training checkpoint": (".pt", lambda s: torch_bytes(dict(epoch=1, state_dict=s)), "no plain list of named tensors"),
+    "numbers for names": (".pt", lambda s: torch_bytes({k: t for k, t in enumerate(s.values())}), "no plain list of named tensors"),
+    "torch, another shape": (".pt", lambda s: torch_bytes(s | {"visual.proj": torch.zeros(3)}), "'visual.proj' is (3,) of type torch.float32"),
+    "torch, complex": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to(torch.complex64)}), "torch.complex64"),
+    "torch, sparse": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to_sparse()}), ""),
+    "torch, without numbers": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to("meta")}), ""),
+    "torch, not finite": (".pt", lambda s: torch_bytes(with_nan(s)), "not finite"),
+    "another ending": (".npz", lambda s: save(s), "ends in none of .safetensors, .pt, .bin"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.filterwarnings("ignore")
+def test_hostile(stand_in, tmp_path, case):
+    ending, make, says = HOSTILE[case]
+    path = tmp_path/f"file{ending}"
+    path.write_bytes(make(stand_in))
+    line = told(lambda: build_encoder("b16", pretrained=path), str(path), "does not hold the weights of 'b16'", "open_clip_model.safetensors of some/where", says)
+    assert "torch.load" not in line and not RAN.exists(), "nothing was run"
+
+
+def test_evil_would_run():
+    pickle.loads(pickle.dumps(Evil()))
+    assert RAN.exists()
+    RAN.unlink()
+
+
+def test_no_file(stand_in, tmp_path):
+    told(lambda: build_encoder("b16", pretrained=tmp_path/"none.safetensors"), "none.safetensors", "No such file")
+    (tmp_path/"folder.safetensors").mkdir()
+    told(lambda: build_encoder("b16", pretrained=tmp_path/"folder.safetensors"), "folder.safetensors")
+    told(lambda: build_encoder("b16", pretrained=""), "b16")
+    (weights_folder()/"b16.safetensors").write_bytes(b"junk")
+    with pytest.warns(UserWarning): told(lambda: build_encoder("b16", pretrained=True), str(weights_folder()/"b16.safetensors"))
+
+
+# -------------------------------------------------------------------------------------------------------------------- the hub
+WHERE = "fetch open_clip_model.safetensors from some/where (revision 977e3dd0ec55ab8da155f2fbeb6b5f54948b6e3d) and put it at "
+
+def fails(error):
+    def call(*args, **kw): raise error
+    return call
+
+
+def test_offline(stand_in, monkeypatch):
+    for value in ("1", "true", "ON", "yes"):
+        monkeypatch.setenv("HF_HUB_OFFLINE", value)
+        line = told(lambda: build_encoder("b16", pretrained=True), "no weights for 'b16': the hub cannot be reached; ", WHERE, str(weights_folder()/"b16.safetensors"))
+        assert "http" not in line
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(module, "get_hf_file_metadata", fails(RuntimeError("https://a.host is unknown\nRetry")))
+    assert told(lambda: find_weights("b16")) == line, "the client that tries again for half a minute was not called"
+
+
+def test_offline_by_the_hub_itself(stand_in, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    import huggingface_hub
+    monkeypatch.setattr(module, "get_hf_file_metadata", huggingface_hub.get_hf_file_metadata)
+    told(lambda: find_weights("b16"), "the hub cannot be reached; ", WHERE)
+
+
+def test_refused_and_broken_off(stand_in, monkeypatch):
+    refusal = RevisionNotFoundError.__new__(RevisionNotFoundError)
+    monkeypatch.setattr(module, "get_hf_file_metadata", fails(refusal))
+    told(lambda: find_weights("b16", revision="gone"), "the hub refused them (RevisionNotFoundError); ", "(revision gone)")
+    monkeypatch.setattr(module, "get_hf_file_metadata", lambda *a, **k: None)
+    monkeypatch.setattr(module, "hf_hub_download", fails(OSError(28, "No space left on device")))
+    told(lambda: find_weights("b16"), "the download broke off (No space left on device); ", WHERE)
+    monkeypatch.setattr(module, "hf_hub_download", fails(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt): find_weights("b16")
+
+
+def cached(state, revision, name="some--where"):
+    "Lay a file where the hub's client keeps it."
+    path = Path(constants.HF_HUB_CACHE)/f"models--{name}"/"snapshots"/revision/"open_clip_model.safetensors"
+    path.parent.mkdir(parents=True)
+    save_file(state, path)
+    return path
+
+
+def test_from_the_hub(stand_in, monkeypatch):
+    asked, pin = [], WEIGHTS["b16"]
+    def metadata(url, timeout): asked.append((url.split("/resolve/")[1], timeout <= 10))
+    def download(repository, file, revision, cache_dir): asked.append((repository, file, revision)); return str(cached(stand_in, revision))
+    monkeypatch.setattr(module, "get_hf_file_metadata", metadata)
+    monkeypatch.setattr(module, "hf_hub_download", download)
+    monkeypatch.setitem(WEIGHTS, "b16", pin | {"sha256": hashlib.sha256(save(stand_in)).hexdigest()})
+    encoder = build_encoder("b16", pretrained=True)
+    assert asked == [(f"{pin['revision']}/open_clip_model.safetensors", True), ("some/where", "open_clip_model.safetensors", pin["revision"])]
+    assert torch.equal(encoder.text.positions, stand_in["positional_embedding"])
+    asked.clear()
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert find_weights("b16").parent.name == pin["revision"] and not asked, "the second time from the cache, network or not"
+
+
+def test_another_file_at_the_pinned_revision_is_refused(stand_in):
+    path = cached(stand_in, WEIGHTS["b16"]["revision"])
+    told(lambda: build_encoder("b16", pretrained=True), fingerprint(path), WEIGHTS["b16"]["sha256"], f"delete {path.parents[2]} and")
+    assert path.parents[2].name == "models--some--where"
+    other = cached(stand_in, "0" * 40)
+    with pytest.warns(UserWarning, match="not the published file"): assert find_weights("b16", revision="0" * 40) == other
+
+
+def test_another_cache(stand_in, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "get_hf_file_metadata", lambda *a, **k: None)
+    monkeypatch.setattr(module, "hf_hub_download", lambda *a, cache_dir, **k: pytest.fail("asked") if cache_dir != tmp_path/"else" else fails(OSError(1, "no"))())
+    told(lambda: find_weights("b16", cache=tmp_path/"else"), "broke off")
+
+
+# ------------------------------------------------------------------------------------------------------------------ full size
+@pytest.mark.full
+def test_b16_at_416(tmp_path):
+    torch.manual_seed(0)
+    half = {k: t.half() for k, t in module._clip("ViT-B-16-quickgelu").state_dict().items()}
+    full = {k: t.float() for k, t in half.items()}
+    ours, same = tmp_path/"half.safetensors", tmp_path/"float.safetensors" # open_clip cannot resample a table in half precision
+    save_file(half, ours), save_file(full, same)
+    assert same.stat().st_size == 598_516_980, "as many bytes as the published file: the same names, shapes and types"
+    encoder = build_encoder("b16", pretrained=ours)
+    theirs = open_clip.create_model("ViT-B-16-quickgelu", str(same), force_image_size=416).eval()
+    assert torch.equal(encoder.visual.positions, theirs.visual.positional_embedding) and encoder.visual.grid == (26, 26)
+    assert torch.equal(encoder.text.embedding.weight, full["token_embedding.weight"])
+    for a, b in zip(numbers(encoder, 416), numbers(theirs, 416)): assert (a - b).abs().max() < 1e-5 * b.abs().max()
+    told(lambda: build_encoder("l14", pretrained=ours), "'ln_final.bias' is (512,) of type F16, expected (768,)")
+    told(lambda: build_encoder("eva02-b16", pretrained=ours), "'ln_final.bias' is (512,)", "expected none of that name")
