@@ -14,12 +14,19 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive") # read when PyTorch is loaded, later: threads that wait for others sleep, where spinning would steal the cores from other work
+
 # %% ../nbs/17_cli.ipynb #e2cbe657
 def note(
     text:str, # what the user should know
 ):
     "Print a remark beside the results, on the error stream."
-    print(text, file=sys.stderr, flush=True)
+    print(_plain(text), file=sys.stderr, flush=True)
+
+
+def _plain(text):
+    "Text that a terminal prints and does not obey: names and sentences come from anyone."
+    return "".join(c if c.isprintable() or c == "\n" else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def on_screen()->bool: # is somebody watching?
@@ -28,7 +35,7 @@ def on_screen()->bool: # is somebody watching?
 
 # %% ../nbs/17_cli.ipynb #ae72bc02
 DEMO = dict(config="barleria-tiny", folder="refshapes", scenes=None, epochs=2, batch=32, lr=5e-4, val_refs=300) # scenes None: all of RefShapes v1
-QUICK = DEMO | dict(folder="refshapes-quick", scenes=dict(train=240, val=40, testA=20, testB=20), epochs=2, batch=32)
+QUICK = DEMO | dict(folder="refshapes-quick", scenes=dict(train=240, val=40, testA=20, testB=20), epochs=2, batch=16)
 
 # %% ../nbs/17_cli.ipynb #8e72cf30
 def one_line(
@@ -164,7 +171,7 @@ def barleria_params(
     json:bool=False, # print JSON
     debug:bool=False, # show a traceback when something fails
 ):
-    "Count what each configuration trains: inside the towers, part by part, and in the head."
+    "Count what each configuration trains: in and beside the towers, part by part, and in the head."
     with told("barleria_params", debug):
         from barleria_nb.model import config, configurations
         names = configs or configurations()
@@ -210,11 +217,12 @@ def barleria_train(
     config:str, # configuration, such as barleria-noglobal-tiny; barleria_params lists them
     data:Param("folder of a referring data set, or a drawn set: refshapes, refshapes+, refshapesg, refshapesg-google", str, required=True)=None, # where from
     out:Param("folder of the run; a stopped run goes on, a finished one is left as it is", str, required=True)=None, # where to
-    epochs:positive=None, # sentences of each object shown (default: the configuration's)
+    epochs:positive=None, # how often each object is shown, with one of its sentences each time (default: the configuration's)
     batch:positive=None, # sentences per step (default: the configuration's)
     lr:rate=None, # learning rate (default: the configuration's)
     words:positive=None, # word pieces per sentence, 3 to 77 (default: the configuration's)
     seed:whole=0, # of everything random
+    pretrained:bool=False, # published weights for a full-size backbone: from $BARLERIA_WEIGHTS, or fetched once
     train_positions:bool=False, # train the position tables too
     shuffle_sentences:bool=False, # control: give every object another object's sentences
     val_refs:positive=None, # choose the epoch by this many refs of val (default: all)
@@ -226,9 +234,9 @@ def barleria_train(
     "Train a configuration on the split `train`; `val` chooses the epoch that is kept."
     with told("barleria_train", debug, "stopped; the same command goes on after the last finished epoch."):
         from barleria_nb import model, training
-        changes = {k: v for k, v in dict(epochs=epochs, batch=batch, lr=lr, words=words).items() if v is not None}
+        changes = {k: v for k, v in dict(epochs=epochs, batch=batch, lr=lr, words=words, pretrained=pretrained or None).items() if v is not None}
         settings = model.config(config, train_positions, **changes)
-        if not settings.pretrained: note(f"the frozen towers of {config} hold random numbers: no pre-trained ones are installed for '{settings.backbone}'.")
+        if not settings.pretrained: note(f"the frozen towers of {config} hold random numbers; --pretrained takes the published ones.")
         refset = open_data(data)
         report(refset, settings.words)
         val = "val" if "val" in refset.splits else None
@@ -236,7 +244,9 @@ def barleria_train(
         card = training.train(settings, refset, out, seed=seed, val=val, val_refs=val_refs, shuffle_sentences=shuffle_sentences, device=device,
             precision=precision, workers=workers, progress=on_screen(), tell=Teller(settings.epochs))
         print(_best(card))
-        print(f"tuned {card['numbers']['encoder']:,} in the towers, {card['numbers']['head']:,} in the head; written to {Path(out) / 'tuned.safetensors'}")
+        n = card["numbers"]
+        beside = f"{n['beside']:,} beside them, " if n.get("beside") else ""
+        print(f"tuned {n['encoder']:,} in the towers, {beside}{n['head']:,} in the head; written to {Path(out) / 'tuned.safetensors'}")
 
 # %% ../nbs/17_cli.ipynb #05dc8d76
 @call_parse
@@ -282,14 +292,14 @@ def barleria_segment(
         segment = Segmenter.load(run, device)
         results = segment(pixels, sentences, THRESHOLD if threshold is None else threshold)
         records = save_masks(results, out)
-        for r in records: print(f"{Path(out) / r['file']}: {100 * r['area'] / (r['height'] * r['width']):.1f} % of the image, “{' '.join(r['sentence'].split())[:80]}”")
+        for r in records: print(f"{Path(out) / r['file']}: {100 * r['area'] / (r['height'] * r['width']):.1f} % of the image, “{_plain(' '.join(r['sentence'].split())[:80])}”")
         print(f"{Path(out) / 'overlays.png'}, {Path(out) / 'masks.json'}")
         cut = sum(r.truncated for r in results)
         if cut: note(f"{cut} of {len(results)} sentences are longer than {segment.model.config.words} word pieces; their ends were not read.")
 
 # %% ../nbs/17_cli.ipynb #0833e58e
 SPLITS, METRICS = ("val", "testA", "testB"), ("mIoU", "oIoU", "Pr@0.5")
-CONTROLS = dict(frozen="towers frozen, head trained", shuffled="trained on shuffled sentences") # shipped results
+CONTROLS = dict(noglobal="without the global network", frozen="towers frozen, head trained", shuffled="trained on shuffled sentences") # shipped results
 
 # %% ../nbs/17_cli.ipynb #4e4afb72
 def _short(summary):
@@ -301,19 +311,21 @@ def _demo_numbers(segment, data, device, mark):
     "Scores of this run and of its yardsticks: row -> split -> metric."
     from barleria_nb import metrics
     rows, settings = {k: {} for k in ("run", "random", "largest", "ceiling")}, segment.model.config
+    stride = settings.size / (4 * segment.model.encoder.visual.grid[0]) # the head answers on four times the patch grid
     for split in SPLITS:
         part = data.split(split)
         rows["run"][split] = _short(metrics.evaluate(segment.model, part, size=settings.size, length=settings.words, device=device, progress=on_screen()).summary())
         rows["random"][split] = _short(metrics.random_object_baseline(part))
         rows["largest"][split] = _short(metrics.largest_object_baseline(part).summary())
-        rows["ceiling"][split] = _short(metrics.grid_ceiling(part, settings.size, segment.model.encoder.patch // 4).summary())
+        rows["ceiling"][split] = _short(metrics.grid_ceiling(part, settings.size, stride).summary())
     return dict(mark=mark, rows=rows)
 
 
 def _kept(path, mark):
     "What was counted before, if it was for this very model and data."
-    from barleria_nb.core import read_json
-    found = read_json(path) if path.exists() else None
+    from barleria_nb.core import BarleriaError, read_json
+    try: found = read_json(path)
+    except BarleriaError: return None # missing or damaged: it can be counted again
     return found if isinstance(found, dict) and found.get("mark") == mark else None
 
 

@@ -206,6 +206,19 @@ def test_what_the_system_refuses(shop, capsys, monkeypatch, error, said):
     with pytest.raises(type(error)): run("barleria_eval", shop.run, "--data", shop.data, "--debug")
 
 
+def test_odd_sentences_and_many(shop, tmp_path, capsys, monkeypatch):
+    "Half a character, a command to the terminal, more answers than one figure shows: each gets its mask, and the screen stays as it is."
+    monkeypatch.setattr(inference, "ROWS", 3)
+    assert run("barleria_segment", shop.run, shop.photo, "half a \ud83d circle", "\x1b[2J red", *["a circle"] * 8, "--out", tmp_path / "masks") == 0
+    seen = capsys.readouterr()
+    assert "\x1b" not in seen.out + seen.err and "half a ? circle" in seen.out
+    records = core.read_json(tmp_path / "masks" / "masks.json")
+    assert len(records) == 10 and all((tmp_path / "masks" / r["file"]).is_file() for r in records)
+    assert Image.open(tmp_path / "masks" / "overlays.png").height < 4 * 160
+    assert run("barleria_eval", shop.run, "--data", shop.data, "--split", "\x1b[2J") == 1
+    assert "\x1b" not in capsys.readouterr().err
+
+
 def test_a_stopped_training_goes_on(shop, tmp_path, capsys, monkeypatch):
     step, left = training.train_step, [core.read_json(shop.run / "run.json")["steps"] - 1]
     def interrupted(*words):
