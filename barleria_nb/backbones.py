@@ -263,7 +263,7 @@ class TokenRows(nn.Module):
 
 # %% ../nbs/03_backbones.ipynb #4eb921a8
 class TextTower(nn.Module):
-    "CLIP's text transformer taken apart."
+    "CLIP's text transformer taken apart. A `BarleriaError` without a projection into the joint space."
     def __init__(self,
         source:nn.Module, # open_clip's CLIP or TextTransformer; its modules are shared, not copied
     ):
@@ -271,6 +271,7 @@ class TextTower(nn.Module):
         self.embedding, self.positions = source.token_embedding, source.positional_embedding
         self.blocks = nn.ModuleList(Block(b) for b in source.transformer.resblocks)
         self.norm, self.projection = source.ln_final, source.text_projection
+        if self.projection is None: raise BarleriaError("this text tower has no projection into a joint space, so images and sentences cannot be compared; take one that has.")
         self.depth, self.length, self.width = len(self.blocks), *self.positions.shape
         self.joint = self.projection.out_features if isinstance(self.projection, nn.Linear) else self.projection.shape[1]
 
