@@ -21,7 +21,7 @@ class GSTAttention(nn.Module):
         heads:int=3, # must divide dim
     ):
         super().__init__()
-        if dim % heads: raise BarleriaError(f"width {dim} does not divide into {heads} heads; choose a divisor.")
+        if heads < 1 or dim % heads: raise BarleriaError(f"width {dim} does not divide into {heads} heads; choose a divisor.")
         self.heads = heads
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.prior = nn.Linear(dim, dim) # W_p
@@ -103,6 +103,8 @@ class GST(nn.Module):
     def _check(self, patches, side, words, mask, p):
         if len(side) != len(self.blocks):
             raise BarleriaError(f"{len(side)} side features for M = {len(self.blocks)} modules; give one to each, or build GST(modules={len(side)}).")
+        for name, x in (("patches", patches), ("words", words)):
+            if x.ndim != 3: raise BarleriaError(f"{name} of shape {tuple(x.shape)} where GST expects a row per token, (B, tokens, channels); add the axes that are missing.")
         (b, N), L, C, J = patches.shape[:2], words.shape[1], self.tokens.in_features, self.joint.in_features
         parts = [("patches", patches, (b, N, C)), *((f"side[{i}]", v, (b, N, C)) for i, v in enumerate(side)), ("words", words, (b, L, J)), ("mask", mask, (b, L))]
         for name, x, fits in parts:

@@ -83,7 +83,7 @@ class Config:
     gst:dict|None=None # arguments of `GST`: dim, heads, modules, queries; None: no global network
     size:int=416 # side of the square the model sees, pixels
     words:int=17 # word pieces per sentence, start and end included (22 for G-Ref)
-    pretrained:bool=False # False: random frozen towers, always the same ones; `tiny` ships trained
+    pretrained:bool=False # True: published weights, or the ones that ship with `tiny`; False: random frozen towers, always the same ones
     epochs:int=50 # one sentence of each object per epoch
     batch:int=32 # sentences per step
     lr:float=1e-4 # Adam's
@@ -95,6 +95,14 @@ class Config:
         for k, low, high in (("lr", 0, math.inf), ("drop", -1e-9, 1 + 1e-9)):
             if type(v := getattr(self, k)) not in (int, float) or not low < v < high: raise BarleriaError(f"{k} is {str(v)[:40]!r}; give a number {'above 0' if k == 'lr' else 'from 0 to 1'}.")
         if type(self.pretrained) is not bool: raise BarleriaError(f"pretrained is {str(self.pretrained)[:40]!r}; give True or False.")
+        if self.gst is not None and not _settings_of_gst(self.gst):
+            raise BarleriaError(f"gst is {str(self.gst)[:80]!r}; give a dictionary of positive whole numbers for {', '.join(PUBLISHED['gst'])}, or None.")
+
+
+def _settings_of_gst(gst):
+    "Is this what `GST` can be built from? It may do without queries."
+    if type(gst) is not dict or set(gst) != set(PUBLISHED["gst"]): return False
+    return all(type(v) is int and v >= (name != "queries") for name, v in gst.items())
 
 # %% ../nbs/12_model.ipynb #8a91c49e
 def configurations()->list: # names, every method on every backbone

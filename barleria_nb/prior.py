@@ -43,7 +43,7 @@ class GlobalPrior(nn.Module):
         return prior_weights(tokens, sentence)[..., None] * tokens
 
     def _check(self, words, patches, sentence):
-        shapes, b = [tuple(x.shape) for x in (words, patches, sentence)], len(sentence)
-        wanted = [(b, words.shape[1], self.joint), (b, patches.shape[1], self.visual), (b, self.joint)]
+        shapes, b = [tuple(x.shape) for x in (words, patches, sentence)], sentence.shape[:1]
+        wanted = [(*b, *words.shape[1:2], self.joint), (*b, *patches.shape[1:2], self.visual), (*b, self.joint)]
         for name, shape, fits in zip(("words", "patches", "sentence"), shapes, wanted):
             if shape != fits: raise BarleriaError(f"{name} of shape {shape} where the prior expects {fits}; take all three from one encoder, projected, and build the prior for its widths.")
