@@ -630,6 +630,7 @@ class Pretraining:
         seed:int, # of weights and batches
         first:int=FIRST, # steps of the first lesson
     ):
+        if any(not 0 < n < len(p[0]) for p, n in zip(pools, held_out)): raise BarleriaError(f"{list(held_out)} pictures held out of {[len(p[0]) for p in pools]}; keep at least one of each, and leave some to learn from.")
         self.size, self.steps, self.seed, self.first = size, steps, seed, first
         self.learn, self.judge = ([Pool(i[part(n)], r[part(n)]) for (i, r), n in zip(pools, held_out)]
                                   for part in (lambda n: slice(None, -n), lambda n: slice(-n, None)))
@@ -709,6 +710,7 @@ def pretrain(
     "Pre-train a tiny CLIP, or go on where the run in `out` stopped. A `BarleriaError` when `out` holds another run."
     out, started = Path(out), time.time()
     settings = dict(steps=steps, first=first, size=size, seed=seed, held_out=list(held_out), pictures=list(KINDS.values()) if pools is None else [len(p[0]) for p in pools])
+    if min(steps, every) < 1 or not 2 <= size <= len(LESSON): raise BarleriaError(f"{steps} steps of {size} pictures, a line every {every}; give at least one step, 2 to {len(LESSON)} pictures and a line every step or more.")
     if _finished(out, settings): return load_tiny_clip(out).eval()
     if threads: torch.set_num_threads(threads)
     if pools is None: pools = [draw_pool(kind, n, workers, progress) for kind, n in KINDS.items()]
