@@ -14,8 +14,6 @@ from pathlib import Path
 
 from fastcore.script import Param, call_parse
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive") # read when PyTorch is loaded, later: threads that wait for others sleep, where spinning would steal the cores from other work
-
 # %% ../nbs/17_cli.ipynb #e2cbe657
 def note(
     text:str, # what the user should know
