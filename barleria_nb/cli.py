@@ -33,7 +33,7 @@ def on_screen()->bool: # is somebody watching?
 
 # %% ../nbs/17_cli.ipynb #ae72bc02
 DEMO = dict(config="barleria-tiny", folder="refshapes", scenes=None, epochs=2, batch=32, lr=5e-4, val_refs=300) # scenes None: all of RefShapes v1
-QUICK = DEMO | dict(folder="refshapes-quick", scenes=dict(train=240, val=40, testA=20, testB=20), epochs=2, batch=16)
+QUICK = DEMO | dict(folder="refshapes-quick", scenes=dict(train=180, val=40, testA=20, testB=20), epochs=2, batch=16)
 
 # %% ../nbs/17_cli.ipynb #8e72cf30
 def one_line(
@@ -297,7 +297,7 @@ def barleria_segment(
 
 # %% ../nbs/17_cli.ipynb #0833e58e
 SPLITS, METRICS = ("val", "testA", "testB"), ("mIoU", "oIoU", "Pr@0.5")
-CONTROLS = dict(noglobal="without the global network", frozen="towers frozen, head trained", shuffled="trained on shuffled sentences") # shipped results
+CONTROLS = dict(noglobal="without the global network", snf="flows in the image tower alone", frozen="towers frozen, head trained", shuffled="trained on shuffled sentences") # shipped results
 
 # %% ../nbs/17_cli.ipynb #4e4afb72
 def _short(summary):
