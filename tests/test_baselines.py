@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from barleria_nb.backbones import TINY, Context, DualEncoder, TextTower, build_encoder, build_tiny_clip, visual_tower
+from barleria_nb.backbones import Context, DualEncoder, build_encoder
 from barleria_nb.baselines import PHM, Adapter, Bridge, Bridger, Compacter, Listen, LoRA
-from barleria_nb.core import BarleriaError, count
+from barleria_nb.core import count
 from barleria_nb.snf import SNF
+from common import batch, line, towers as pair
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "barleria" / "etris_interactorT.npz"
-SIZES = dict(TINY, image_size=64, width=32, heads=2, embed_dim=24, layers=3)
 METHODS = {
     "adapter": lambda: Adapter(8),
     "adapter-both": lambda: Adapter(8, ("attn", "mlp")),
@@ -26,20 +26,7 @@ METHODS = {
 methods = pytest.mark.parametrize("method", METHODS)
 
 
-def towers(*tuners, visual=3, text=3, dtype=torch.float64):
-    "Two random towers, the same at each call, with tuners on them."
-    torch.manual_seed(0)
-    a, b = (build_tiny_clip(range(40), dict(SIZES, layers=n)).to(dtype) for n in (visual, text))
-    torch.manual_seed(1)
-    return DualEncoder(visual_tower(a.visual), TextTower(b), tuners).to(dtype)
-
-
-def batch(dtype=torch.float64, length=9):
-    "Three images, sentences of 3, 9 and 6 tokens."
-    g = torch.Generator().manual_seed(5)
-    image, ids = torch.randn(3, 3, 64, 64, generator=g, dtype=torch.float64), torch.randint(2, 50, (3, length), generator=g)
-    words = torch.arange(length) < torch.tensor([3, 9, 6])[:, None]
-    return image.to(dtype), ids * words, words
+def towers(*tuners, **sizes): return pair(tuners, **sizes)
 
 
 def outputs(e): return [*e.taps, *e.side, e.words * e.mask[..., None], e.sentence]
@@ -68,13 +55,6 @@ def hush(tuner):
 def same(a, b, atol=1e-12):
     assert len(a) == len(b)
     for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=0, atol=atol)
-
-
-def line(call, *words):
-    "`call` fails in one line that holds `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    assert "\n" not in str(e.value) and len(str(e.value)) < 300
-    for w in words: assert w in str(e.value), str(e.value)
 
 
 def step(model, optimiser):

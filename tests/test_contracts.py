@@ -11,7 +11,7 @@ from safetensors.torch import load as load_bytes
 
 import barleria_nb.model as assembly
 from barleria_nb.backbones import TINY, DualEncoder, TextTower, build_tiny_clip, visual_tower
-from barleria_nb.core import BarleriaError, count
+from barleria_nb.core import count
 from barleria_nb.data import RefSet, tokenize
 from barleria_nb.intertwine import Intertwine
 from barleria_nb.loss import text_to_pixel_loss
@@ -19,6 +19,7 @@ from barleria_nb.model import (FORMAT, METHODS, build_model, config, ledger, loa
                                tuned_state)
 from barleria_nb.shapes import make_refshapes
 from barleria_nb.training import Loop
+from common import line
 
 TRACES = Path(__file__).with_name("traces.json")
 NAMES = [f"{m}-tiny" for m in METHODS]
@@ -59,13 +60,6 @@ def same(a, b, atol): torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
 def differ(a, b): return bool((a - b).abs().max() > .01)
-
-
-def line(call, *words):
-    "`call` fails in one line that holds `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    assert "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
-    for w in words: assert w in str(e.value), str(e.value)
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from barleria_nb import core
-from barleria_nb.core import BarleriaError, atomic, read_json, stable_hash, write_json
+from barleria_nb.core import atomic, read_json, stable_hash, write_json
 from barleria_nb.data import (Letterbox, RefDataset, RefSet, collate, decode_mask, normalise, read_image, tokenize)
+from common import line
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 SAMPLE, GOLDEN = SHARED / "data" / "refcoco-sample", SHARED / "golden" / "barleria"
@@ -23,15 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 
 def needs(path): return pytest.mark.skipif(not path.exists(), reason=f"{path} is not on this machine")
-
-
-def line(call, *words):
-    "The message of the `BarleriaError` that `call` raises: one short line holding all `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    text = str(e.value)
-    assert "\n" not in text and len(text) < 500, text
-    for w in words: assert str(w) in text, f"{w!r} not in {text!r}"
-    return text
 
 
 # --- a small folder that each test spoils in its own way ---

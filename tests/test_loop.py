@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from barleria_nb.backbones import (Attention, Context, DualEncoder, Encoded, Guests, TextTower, Tuner, build_encoder,
                                    build_tiny_clip, clip_encoder, dino_encoder, load_tiny_clip, save_tiny_clip, text_mask,
                                    tiny_clip, visual_tower)
-from barleria_nb.core import BarleriaError
+from common import line
 
 SIZE, PATCH, GRID, C, T, J, L = (24, 40), 8, (3, 5), 32, 24, 20, 12
 KINDS = dict(clip=1, bare=0, dino=5, eva=1)  # prefix tokens
@@ -569,26 +569,20 @@ def test_text_is_none_in_lock_step():
 
 
 # -------------------------------------------------------------------------------------------------------------- refusals
-def refused(build, *words):
-    with pytest.raises(BarleriaError) as e: build()
-    text = str(e.value)
-    assert "\n" not in text and all(w in text for w in words), text
-
-
 def test_refusals():
-    refused(lambda: encoder(("clip", 5, 3)), "5", "3")
-    refused(lambda: encoder(("clip", 12, 12), DenseCross(), Intertwine()), "DenseCross", "Intertwine")
-    refused(lambda: encoder(("clip", 12, 12), Bridger(), DenseCross()), "DenseCross", "Bridger")
+    line(lambda: encoder(("clip", 5, 3)), "5", "3")
+    line(lambda: encoder(("clip", 12, 12), DenseCross(), Intertwine()), "DenseCross", "Intertwine")
+    line(lambda: encoder(("clip", 12, 12), Bridger(), DenseCross()), "DenseCross", "Bridger")
     image, ids, words = batch()
     enc = encoder(("clip", 2, 2))
-    refused(lambda: enc(image[..., :32], ids, words), "(3, 24, 40)")
-    refused(lambda: enc(image, torch.zeros(3, L + 1).long(), torch.ones(3, L + 1).bool()), str(L))
-    refused(lambda: Attention(nn.Linear(2, 2)), "Linear")
-    refused(lambda: visual_tower(nn.Linear(2, 2)), "Linear")
-    for name in ("dino-b14", "dino-l14"): refused(lambda: build_encoder(name, pretrained=True), "pretrained=False")
-    refused(lambda: build_encoder("b61"), "b16")
-    refused(lambda: clip_encoder("ViT-B-16"), "ViT-B-16-quickgelu")
-    refused(lambda: dino_encoder("vit_base_patch14"), "vit_base_patch14_reg4_dinov2")
+    line(lambda: enc(image[..., :32], ids, words), "(3, 24, 40)")
+    line(lambda: enc(image, torch.zeros(3, L + 1).long(), torch.ones(3, L + 1).bool()), str(L))
+    line(lambda: Attention(nn.Linear(2, 2)), "Linear")
+    line(lambda: visual_tower(nn.Linear(2, 2)), "Linear")
+    for name in ("dino-b14", "dino-l14"): line(lambda: build_encoder(name, pretrained=True), "pretrained=False")
+    line(lambda: build_encoder("b61"), "b16")
+    line(lambda: clip_encoder("ViT-B-16"), "ViT-B-16-quickgelu")
+    line(lambda: dino_encoder("vit_base_patch14"), "vit_base_patch14_reg4_dinov2")
 
 
 # ------------------------------------------------------------------------------------------------------------------ text
@@ -713,17 +707,17 @@ def test_tiny_clip_is_stored_and_checked(tmp_path):
     for bad in ({**tensors, "extra": torch.zeros(1).half()}, {k: v for k, v in tensors.items() if k != "logit_scale"},
                 {**tensors, "visual.proj": torch.zeros(3, 3).half()}, {**tensors, "visual.proj": tensors["visual.proj"].float()}):
         stored(bad)
-        refused(lambda: load_tiny_clip(tmp_path), "model.safetensors")
+        line(lambda: load_tiny_clip(tmp_path), "model.safetensors")
     weights.write_bytes(good[:100])
-    refused(lambda: load_tiny_clip(tmp_path), "model.safetensors")
+    line(lambda: load_tiny_clip(tmp_path), "model.safetensors")
     weights.write_bytes(good)
     for bad in ([], {}, {**told, "ids": ["a"]}, {**told, "config": {**told["config"], "layers": 10 ** 9}}, {**told, "ids": [1, 1]}):
         config.write_text(json.dumps(bad))
-        refused(lambda: load_tiny_clip(tmp_path))
+        line(lambda: load_tiny_clip(tmp_path))
     weights.unlink()
     config.write_text(json.dumps(told))
-    refused(lambda: load_tiny_clip(tmp_path), "model.safetensors")
-    refused(lambda: save_tiny_clip(model, IDS + [1], tmp_path, {}), "token_embedding")
+    line(lambda: load_tiny_clip(tmp_path), "model.safetensors")
+    line(lambda: save_tiny_clip(model, IDS + [1], tmp_path, {}), "token_embedding")
 
 
 def test_tiny_clip_by_name():

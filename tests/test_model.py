@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
-from barleria_nb.core import BarleriaError
 from barleria_nb.model import (METHODS, TYPES, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
                                save_tuned, towers_hash, tuned_state)
+from common import line
 
 TINY = [f"{m}-tiny" for m in METHODS]
 
@@ -37,13 +37,6 @@ def shaken(name, seed=1):
         for p in model.parameters():
             if p.requires_grad: p += .02 * torch.randn(p.shape, generator=g)
     return model.eval()
-
-
-def line(call, *words):
-    "`call` fails in one line that holds `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    assert "\n" not in str(e.value) and len(str(e.value)) < 600, str(e.value)
-    for w in words: assert w in str(e.value), str(e.value)
 
 
 # ---------------------------------------------------------------- configurations and counts

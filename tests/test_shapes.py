@@ -9,23 +9,16 @@ import numpy as np
 import pytest
 
 from barleria_nb import shapes
-from barleria_nb.core import BarleriaError, asset, read_json
+from barleria_nb.core import asset, read_json
 from barleria_nb.data import RefSet, decode_mask, tokenize
 from barleria_nb.shapes import (CARD, FLAVOURS, SCENES, SIDE, VERSION, VOCABULARY, Draws, frozen_hashes, make_refshapes, records, resolve, scene_hash, sentences_for,
                                 split_scene)
+from common import line
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "refshapes-sample"
 SAMPLE_SCENES = dict(train=4, val=4, testA=2, testB=2)
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # pycocotools under NumPy 2
-
-
-def refused(call, *words):
-    "The message of the `BarleriaError` that `call` raises: one short line holding all `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    text = str(e.value)
-    assert "\n" not in text and len(text) < 400, text
-    for w in words: assert str(w) in text, f"{w!r} not in {text!r}"
 
 
 def draw(out, flavour="refshapes", scenes=dict(val=3), workers=1): return make_refshapes(out, flavour, dict(scenes), workers, False)
@@ -135,7 +128,7 @@ def test_blind_answers(told, flavour):
 
 def test_reading_what_is_not_there(told):
     *_, anns, _ = told["refshapes"][0]
-    refused(lambda: resolve("the red dog", anns), "dog", "VOCABULARY")
+    line(lambda: resolve("the red dog", anns), "dog", "VOCABULARY")
     assert resolve("red circle", []) == [] and resolve("the red one next to the blue one", []) == []
     assert resolve("thing", anns) == [a["id"] for a in anns]
 
@@ -197,8 +190,8 @@ def test_second_call_reuses(tmp_path, monkeypatch):
     out = draw(tmp_path / "set")
     monkeypatch.setattr(shapes, "_draw_folder", lambda *a: pytest.fail("drawn again"))
     assert draw(str(tmp_path / "set")) == out
-    refused(lambda: draw(out, "refshapes+"), out, "something other")
-    refused(lambda: draw(out, scenes=dict(val=4)), out, "something other")
+    line(lambda: draw(out, "refshapes+"), out, "something other")
+    line(lambda: draw(out, scenes=dict(val=4)), out, "something other")
 
 
 def test_other_folders_are_left_alone(tmp_path):
@@ -206,8 +199,8 @@ def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("a file")
     before = contents(tmp_path)
-    for name in ("mine", "file"): refused(lambda: draw(tmp_path / name), name, "choose another folder")
-    refused(lambda: draw(tmp_path / "file" / "below"), "below")
+    for name in ("mine", "file"): line(lambda: draw(tmp_path / name), name, "choose another folder")
+    line(lambda: draw(tmp_path / "file" / "below"), "below")
     assert contents(tmp_path) == before
 
 
@@ -228,7 +221,7 @@ def test_empty_and_deep_folders_are_fine(tmp_path):
     (lambda out: scene_hash("test", 0), ["test", "Did you mean test"]),
 ])
 def test_impossible_wishes(tmp_path, call, words):
-    refused(lambda: call(tmp_path / "set"), *words)
+    line(lambda: call(tmp_path / "set"), *words)
     assert not list(tmp_path.iterdir())
 
 
@@ -246,7 +239,7 @@ def test_a_drawing_that_fails_midway_leaves_nothing(tmp_path, monkeypatch, error
         return real(*args)
 
     monkeypatch.setattr(shapes, "records", fail_third)
-    if told_as: refused(lambda: draw(tmp_path / "set", scenes=dict(val=5)), tmp_path / "set", told_as)
+    if told_as: line(lambda: draw(tmp_path / "set", scenes=dict(val=5)), tmp_path / "set", told_as)
     else:
         with pytest.raises(type(error)): draw(tmp_path / "set", scenes=dict(val=5))
     assert len(done) == 3 and not list(tmp_path.iterdir())
@@ -264,14 +257,14 @@ def test_full_disk_at_the_last_file(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", full)
     (tmp_path / "set").mkdir()
-    refused(lambda: draw(tmp_path / "set"), "disk is full")
+    line(lambda: draw(tmp_path / "set"), "disk is full")
     assert list(tmp_path.iterdir()) == [tmp_path / "set"] and not list((tmp_path / "set").iterdir())
 
 
 def test_read_only_parent(tmp_path):
     if os.geteuid() == 0: pytest.skip("root may write anywhere; the same refusal is simulated above")
     tmp_path.chmod(0o555)
-    try: refused(lambda: draw(tmp_path / "set"), "may not write")
+    try: line(lambda: draw(tmp_path / "set"), "may not write")
     finally: tmp_path.chmod(0o755)
 
 

@@ -6,19 +6,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import barleria_nb.training as training
-from barleria_nb.core import BarleriaError
 from barleria_nb.data import RefDataset, RefSet, collate
 from barleria_nb.model import build_model, config, load_tuned, read_about, write_tensors
 from barleria_nb.shapes import make_refshapes
-from barleria_nb.training import (EpochOrder, Loop, RunFolder, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser,
-                                  save_state, shuffled, train, train_step)
+from barleria_nb.training import (EpochOrder, Loop, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser, save_state,
+                                  shuffled, train, train_step)
+from common import line
 
 CPU, FILES = torch.device("cpu"), ("tuned.safetensors", "log.jsonl", "log.csv")
 SHORT = dict(pretrained=False, epochs=3, batch=8, lr=1e-3)
@@ -55,13 +55,6 @@ def same_run(a, b):
 
 
 def contents(path): return {p.name: p.read_bytes() for p in path.iterdir()}
-
-
-def line(call, *words):
-    "`call` fails in one line that holds `words`."
-    with pytest.raises(BarleriaError) as e: call()
-    assert "\n" not in str(e.value), str(e.value)
-    for w in words: assert w in str(e.value), str(e.value)
 
 
 # ---------------------------------------------------------------- what a run holds

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from barleria_nb.backbones import TINY, DualEncoder, TextTower, build_tiny_clip, visual_tower
+from barleria_nb.backbones import DualEncoder
 from barleria_nb.core import BarleriaError, count
 from barleria_nb.intertwine import Bottleneck, Intertwine
 from barleria_nb.snf import AffinePlanarFlow, HadamardFlow, SNF, folds, invert, planar_step
+from common import batch, towers
 
 BOTH = ("visual", "text")
-SIZES = dict(TINY, image_size=64, width=32, heads=2, embed_dim=24, layers=3)
 METHODS = {
     "snf": lambda: [SNF()],
     "snf-text": lambda: [SNF(("text",))],
@@ -19,22 +19,6 @@ METHODS = {
     "intertwine": lambda: [Intertwine(8)],
     "noglobal": lambda: [Intertwine(8), SNF(BOTH)],
 }
-
-
-def towers(tuners=(), visual=3, text=3, dtype=torch.float64, seed=0):
-    "Two random towers, the same for the same seed, with tuners on them."
-    torch.manual_seed(seed)
-    a, b = (build_tiny_clip(range(40), dict(SIZES, layers=n)).to(dtype) for n in (visual, text))
-    torch.manual_seed(seed + 1)
-    return DualEncoder(visual_tower(a.visual), TextTower(b), tuners).to(dtype)
-
-
-def batch(dtype=torch.float64, length=9):
-    "Three images and sentences of 3, 9 and 6 tokens, padded with zeros."
-    g = torch.Generator().manual_seed(5)
-    image, ids = torch.randn(3, 3, 64, 64, generator=g, dtype=torch.float64), torch.randint(2, 50, (3, length), generator=g)
-    words = torch.arange(length) < torch.tensor([3, 9, 6])[:, None]
-    return image.to(dtype), ids * words, words
 
 
 def outputs(e):

@@ -20,7 +20,7 @@ from safetensors.torch import save, save_file
 
 import barleria_nb.backbones as module
 from barleria_nb.backbones import CLIPS, WEIGHTS, build_encoder, clip_encoder, find_weights, fingerprint, hub_place, read_weights, weights_folder
-from barleria_nb.core import BarleriaError
+from common import line
 
 STAND_IN = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=3, width=16, head_width=8, patch_size=8),
     text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=3)) # b16's place, at 1/200 of its size
@@ -46,14 +46,6 @@ def stand_in(monkeypatch):
     monkeypatch.setitem(CLIPS, "b16", ("stand-in", 48))
     torch.manual_seed(0)
     return {k: t.clone() + .02 * torch.randn_like(t) for k, t in module._clip("stand-in").state_dict().items()}
-
-
-def told(call, *words):
-    "The one line that `call` fails with."
-    with pytest.raises(BarleriaError) as e: call()
-    line = str(e.value)
-    assert "\n" not in line and len(line) < 700 and all(w in line for w in words), line
-    return line
 
 
 def numbers(encoder, size):
@@ -108,10 +100,10 @@ def test_a_configuration_asks_for_them(stand_in):
 
 
 def test_who_has_none():
-    for name in ("dino-b14", "dino-l14"): told(lambda: build_encoder(name, pretrained=True), "no pretrained weights", "pretrained=False")
-    for name in ("tiny", "dino-b14"): told(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
-    told(lambda: find_weights("b61"), "Did you mean b16")
-    told(lambda: read_weights("x.safetensors", "tiny"), "b16")
+    for name in ("dino-b14", "dino-l14"): line(lambda: build_encoder(name, pretrained=True), "no pretrained weights", "pretrained=False")
+    for name in ("tiny", "dino-b14"): line(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
+    line(lambda: find_weights("b61"), "Did you mean b16")
+    line(lambda: read_weights("x.safetensors", "tiny"), "b16")
 
 
 # -------------------------------------------------------------------------------------------------------------------- reading
@@ -231,8 +223,8 @@ def test_hostile(stand_in, tmp_path, case):
     ending, make, says = HOSTILE[case]
     path = tmp_path/f"file{ending}"
     path.write_bytes(make(stand_in))
-    line = told(lambda: build_encoder("b16", pretrained=path), str(path), "does not hold the weights of 'b16'", "open_clip_model.safetensors of some/where", says)
-    assert "torch.load" not in line and not RAN.exists(), "nothing was run"
+    text = line(lambda: build_encoder("b16", pretrained=path), str(path), "does not hold the weights of 'b16'", "open_clip_model.safetensors of some/where", says)
+    assert "torch.load" not in text and not RAN.exists(), "nothing was run"
 
 
 def test_evil_would_run():
@@ -242,12 +234,12 @@ def test_evil_would_run():
 
 
 def test_no_file(stand_in, tmp_path):
-    told(lambda: build_encoder("b16", pretrained=tmp_path/"none.safetensors"), "none.safetensors", "No such file")
+    line(lambda: build_encoder("b16", pretrained=tmp_path/"none.safetensors"), "none.safetensors", "No such file")
     (tmp_path/"folder.safetensors").mkdir()
-    told(lambda: build_encoder("b16", pretrained=tmp_path/"folder.safetensors"), "folder.safetensors")
-    told(lambda: build_encoder("b16", pretrained=""), "b16")
+    line(lambda: build_encoder("b16", pretrained=tmp_path/"folder.safetensors"), "folder.safetensors")
+    line(lambda: build_encoder("b16", pretrained=""), "b16")
     (weights_folder()/"b16.safetensors").write_bytes(b"junk")
-    with pytest.warns(UserWarning): told(lambda: build_encoder("b16", pretrained=True), str(weights_folder()/"b16.safetensors"))
+    with pytest.warns(UserWarning): line(lambda: build_encoder("b16", pretrained=True), str(weights_folder()/"b16.safetensors"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- the hub
@@ -261,27 +253,27 @@ def fails(error):
 def test_offline(stand_in, monkeypatch):
     for value in ("1", "true", "ON", "yes"):
         monkeypatch.setenv("HF_HUB_OFFLINE", value)
-        line = told(lambda: build_encoder("b16", pretrained=True), "no weights for 'b16': the hub cannot be reached; ", WHERE, str(weights_folder()/"b16.safetensors"))
-        assert "http" not in line
+        text = line(lambda: build_encoder("b16", pretrained=True), "no weights for 'b16': the hub cannot be reached; ", WHERE, str(weights_folder()/"b16.safetensors"))
+        assert "http" not in text
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(module, "get_hf_file_metadata", fails(RuntimeError("https://a.host is unknown\nRetry")))
-    assert told(lambda: find_weights("b16")) == line, "the client that tries again for half a minute was not called"
+    assert line(lambda: find_weights("b16")) == text, "the client that tries again for half a minute was not called"
 
 
 def test_offline_by_the_hub_itself(stand_in, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     import huggingface_hub
     monkeypatch.setattr(module, "get_hf_file_metadata", huggingface_hub.get_hf_file_metadata)
-    told(lambda: find_weights("b16"), "the hub cannot be reached; ", WHERE)
+    line(lambda: find_weights("b16"), "the hub cannot be reached; ", WHERE)
 
 
 def test_refused_and_broken_off(stand_in, monkeypatch):
     refusal = RevisionNotFoundError.__new__(RevisionNotFoundError)
     monkeypatch.setattr(module, "get_hf_file_metadata", fails(refusal))
-    told(lambda: find_weights("b16", revision="gone"), "the hub refused them (RevisionNotFoundError); ", "(revision gone)")
+    line(lambda: find_weights("b16", revision="gone"), "the hub refused them (RevisionNotFoundError); ", "(revision gone)")
     monkeypatch.setattr(module, "get_hf_file_metadata", lambda *a, **k: None)
     monkeypatch.setattr(module, "hf_hub_download", fails(OSError(28, "No space left on device")))
-    told(lambda: find_weights("b16"), "the download broke off (No space left on device); ", WHERE)
+    line(lambda: find_weights("b16"), "the download broke off (No space left on device); ", WHERE)
     monkeypatch.setattr(module, "hf_hub_download", fails(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt): find_weights("b16")
 
@@ -313,7 +305,7 @@ def test_from_the_hub(stand_in, monkeypatch):
 
 def test_another_file_at_the_pinned_revision_is_refused(stand_in):
     path = cached(stand_in, WEIGHTS["b16"]["revision"])
-    told(lambda: build_encoder("b16", pretrained=True), fingerprint(path), WEIGHTS["b16"]["sha256"], f"delete {path.parents[2]} and")
+    line(lambda: build_encoder("b16", pretrained=True), fingerprint(path), WEIGHTS["b16"]["sha256"], f"delete {path.parents[2]} and")
     assert path.parents[2].name == "models--some--where"
     other = cached(stand_in, "0" * 40)
     with pytest.warns(UserWarning, match="not the published file"): assert find_weights("b16", revision="0" * 40) == other
@@ -322,7 +314,7 @@ def test_another_file_at_the_pinned_revision_is_refused(stand_in):
 def test_another_cache(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "get_hf_file_metadata", lambda *a, **k: None)
     monkeypatch.setattr(module, "hf_hub_download", lambda *a, cache_dir, **k: pytest.fail("asked") if cache_dir != tmp_path/"else" else fails(OSError(1, "no"))())
-    told(lambda: find_weights("b16", cache=tmp_path/"else"), "broke off")
+    line(lambda: find_weights("b16", cache=tmp_path/"else"), "broke off")
 
 
 # ------------------------------------------------------------------------------------------------------------------ full size
@@ -339,5 +331,5 @@ def test_b16_at_416(tmp_path):
     assert torch.equal(encoder.visual.positions, theirs.visual.positional_embedding) and encoder.visual.grid == (26, 26)
     assert torch.equal(encoder.text.embedding.weight, full["token_embedding.weight"])
     for a, b in zip(numbers(encoder, 416), numbers(theirs, 416)): assert (a - b).abs().max() < 1e-5 * b.abs().max()
-    told(lambda: build_encoder("l14", pretrained=ours), "'ln_final.bias' is (512,) of type F16, expected (768,)")
-    told(lambda: build_encoder("eva02-b16", pretrained=ours), "'ln_final.bias' is (512,)", "expected none of that name")
+    line(lambda: build_encoder("l14", pretrained=ours), "'ln_final.bias' is (512,) of type F16, expected (768,)")
+    line(lambda: build_encoder("eva02-b16", pretrained=ours), "'ln_final.bias' is (512,)", "expected none of that name")
