@@ -21,7 +21,7 @@ install: .venv/.installed  ## build .venv: the locked packages and this project,
 	$(PY) -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# Half the cores: on two, a second thread gains a fifth and, when anything else runs, costs tenfold (threads spin while they wait).
+# Half the cores: on two, a second thread gains about a fifth, and costs many times that when anything else runs (threads spin while they wait).
 demo: export OMP_NUM_THREADS := $(shell n=$$(nproc); echo $$((n > 3 ? n / 2 : 1)))
 demo: .venv/.installed  ## train, score and draw a small model from scratch (minutes on a laptop); files in runs/demo
 	.venv/bin/barleria_demo --out runs/demo

@@ -333,17 +333,22 @@ def _shipped(name):
     try: path = asset(f"results/demo/{name}.json")
     except BarleriaError: return "not shipped", None
     card = read_json(path)
-    return f"seed {card['settings']['seed']}, commit {card['commit'] or 'unknown'}", card["scores"]
+    return _origin(card), card["scores"]
 
 
-def _demo_table(rows):
-    "Lines of the final table, in per cent."
+def _origin(card):
+    "Where a run's numbers come from."
+    return f"seed {card['settings']['seed']}, commit {card['commit'] or 'unknown'}"
+
+
+def _demo_table(rows, origin=""):
+    "Lines of the final table, in per cent; `origin` is said beside the run's own row."
     def line(name, scores, remark=""):
         cells = [f"{100 * scores[s][m]:7.1f}" if scores and s in scores else "      –" for s in SPLITS for m in METRICS]
         return f"{name:<30}" + "  ".join("".join(cells[i:i + 3]) for i in (0, 3, 6)) + remark
     yield (" " * 30 + "  ".join(f"{s:^21}" for s in SPLITS)).rstrip()
     yield f"{'%':<30}" + "  ".join("".join(f"{m:>7}" for m in METRICS) for _ in SPLITS)
-    yield line("this run", rows["run"])
+    yield line("this run", rows["run"], origin and f"  {origin}")
     for name, label in CONTROLS.items():
         remark, scores = _shipped(name)
         yield line(label, scores, f"  {remark}")
@@ -353,7 +358,7 @@ def _demo_table(rows):
 def shipped_table()->list: # lines of text
     "The table that ends the shipped run of the demonstration, in per cent; a `BarleriaError` when it does not ship."
     from barleria_nb.core import asset, read_json
-    return list(_demo_table(read_json(asset("runs/demo/demo.json"))["rows"]))
+    return list(_demo_table(read_json(asset("runs/demo/demo.json"))["rows"], _origin(read_json(asset("runs/demo/run.json")))))
 
 # %% ../nbs/17_cli.ipynb #fdb691ba
 def _fingerprint(path):
