@@ -672,7 +672,9 @@ class Pretraining:
         return losses | {kind: lesson_auc(self.learner.model, pool, table) for kind, pool in zip(KINDS, self.judge)}
 
 
-LESSONS = {"shapes": range(0, 6), "sizes": range(62, 90), "sides": range(90, 146), "extremes": range(146, 230), "relations": range(230, 342)} # families within LESSON
+_which = lambda fits: [k for k, c in enumerate(LESSON) if fits(c)]
+LESSONS = {"shapes": list(range(len(SHAPES))), "sizes": _which(lambda c: isinstance(c, Exists) and c.a.size >= 0), "sides": _which(lambda c: isinstance(c, Region)),
+           "extremes": _which(lambda c: isinstance(c, Most)), "relations": _which(lambda c: isinstance(c, Relation))} # families: places in LESSON
 
 
 @torch.no_grad()
