@@ -799,3 +799,11 @@ def test_full_size_dino(monkeypatch):
             assert (got - want).abs().max() < 2e-4 * want.abs().max()
         assert (rearrange(out.taps[2], "b c h w -> b (h w) c") - final[:, 5:]).abs().max() < 1e-3
         assert (out.pooled - model(image)).abs().max() < 1e-3
+
+
+def test_padding_as_detris_hears_it():
+    "Under the causal mask alone, a padding row hears the ones before it; words hear the same as ever."
+    words = torch.arange(6) < torch.tensor([6, 3])[:, None]
+    plain, released = text_mask(words), text_mask(words, padding=True)
+    assert torch.equal(released[1, 0], torch.ones(6, 6, dtype=torch.bool).tril()) and torch.equal(plain[0], released[0]) and torch.equal(plain[:, :, :3], released[:, :, :3])
+    assert not torch.equal(plain[1], released[1]) and released.any(-1).all()

@@ -19,7 +19,9 @@ from huggingface_hub.errors import RevisionNotFoundError
 from safetensors.torch import save, save_file
 
 import barleria_nb.backbones as module
-from barleria_nb.backbones import CLIPS, WEIGHTS, build_encoder, clip_encoder, find_weights, fingerprint, hub_place, read_weights, weights_folder
+from timm.models.vision_transformer import checkpoint_filter_fn
+
+from barleria_nb.backbones import CLIPS, DINOS, WEIGHTS, build_encoder, clip_encoder, dino_encoder, find_weights, fingerprint, hub_place, read_weights, weights_folder
 from common import line
 
 STAND_IN = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=3, width=16, head_width=8, patch_size=8),
@@ -48,6 +50,20 @@ def stand_in(monkeypatch):
     return {k: t.clone() + .02 * torch.randn_like(t) for k, t in module._clip("stand-in").state_dict().items()}
 
 
+@pytest.fixture
+def small_dino(monkeypatch, stand_in):
+    "A small DINOv2 in dino-b14's place, beside that CLIP's text tower; its random numbers by name."
+    make = module.timm.create_model
+    def small(name, img_size=70, **kw): return make(name, img_size=img_size, embed_dim=32, depth=3, num_heads=2, **kw)
+    monkeypatch.setattr(module.timm, "create_model", small)
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16-quickgelu", STAND_IN)
+    monkeypatch.setitem(CLIPS, "b16", ("ViT-B-16-quickgelu", 48))
+    monkeypatch.setitem(DINOS, "dino-b14", (DINOS["dino-b14"][0], 42))
+    save_file(stand_in, weights_folder()/"b16.safetensors")
+    torch.manual_seed(2)
+    return {k: t + .02 * torch.randn_like(t) for k, t in small(DINOS["dino-b14"][0], num_classes=0).state_dict().items()}
+
+
 def numbers(encoder, size):
     "What a picture and a sentence become in the joint space."
     torch.manual_seed(1)
@@ -60,12 +76,18 @@ def numbers(encoder, size):
 
 # --------------------------------------------------------------------------------------------------- the table and the folder
 def test_every_clip_is_pinned_and_open_clip_knows_it():
-    assert set(WEIGHTS) == set(CLIPS)
-    for name, pin in WEIGHTS.items():
+    assert set(WEIGHTS) == {*CLIPS, *DINOS}
+    for name, pin in ((n, WEIGHTS[n]) for n in CLIPS):
         assert re.fullmatch("[0-9a-f]{40}", pin["revision"]) and re.fullmatch("[0-9a-f]{64}", pin["sha256"])
         assert (CLIPS[name][0], pin["tag"]) in open_clip.list_pretrained()
     assert hub_place("b16") == ("timm/vit_base_patch16_clip_224.openai", "open_clip_model.safetensors")
-    assert len({pin["sha256"] for pin in WEIGHTS.values()}) == 3
+    assert len({WEIGHTS[n]["sha256"] for n in CLIPS}) == 3
+
+
+def test_where_the_dinos_are():
+    "timm knows them; no sum of theirs is known, so the newest revision is asked for and nothing is compared."
+    for name, (model, _) in DINOS.items():
+        assert hub_place(name) == (f"timm/{model}.lvd142m", "model.safetensors") and WEIGHTS[name] == dict(tag="lvd142m", revision="main", sha256=None)
 
 
 def test_folder(monkeypatch, tmp_path):
@@ -100,8 +122,7 @@ def test_a_configuration_asks_for_them(stand_in):
 
 
 def test_who_has_none():
-    for name in ("dino-b14", "dino-l14"): line(lambda: build_encoder(name, pretrained=True), "no pretrained weights", "pretrained=False")
-    for name in ("tiny", "dino-b14"): line(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
+    for name in ("tiny", "tiny-dino", "dino-b14", "detris-l14"): line(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
     line(lambda: find_weights("b61"), "Did you mean b16")
     line(lambda: read_weights("x.safetensors", "tiny"), "b16")
 
@@ -315,6 +336,42 @@ def test_another_cache(stand_in, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "get_hf_file_metadata", lambda *a, **k: None)
     monkeypatch.setattr(module, "hf_hub_download", lambda *a, cache_dir, **k: pytest.fail("asked") if cache_dir != tmp_path/"else" else fails(OSError(1, "no"))())
     line(lambda: find_weights("b16", cache=tmp_path/"else"), "broke off")
+
+
+# ------------------------------------------------------------------------------------------------------------------- DINOv2
+@pytest.mark.parametrize("size", [70, 42, 98, (42, 70)])
+@pytest.mark.filterwarnings("ignore")
+def test_dino_with_the_numbers_of_its_file(small_dino, size):
+    save_file({k: t.half() for k, t in small_dino.items()}, weights_folder()/"dino-b14.safetensors")
+    encoder = dino_encoder(size=size, pretrained=True)
+    theirs = module.timm.create_model(DINOS["dino-b14"][0], num_classes=0, img_size=size).eval()
+    half = {k: t.half().float() for k, t in small_dino.items()}
+    theirs.load_state_dict(checkpoint_filter_fn(dict(half), theirs))
+    assert torch.equal(encoder.visual.positions, theirs.pos_embed) and encoder.text.depth == 3
+    image, ids, words = torch.randn(1, 3, *theirs.patch_embed.img_size), torch.tensor([[49406, 320, 49407]]), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad(): assert (encoder(image, ids, words).pooled - theirs.forward_features(image)[:, 0]).abs().max() < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dino_as_detris_reads_it(small_dino, monkeypatch):
+    save_file(small_dino, weights_folder()/"dino-b14.safetensors")
+    monkeypatch.setitem(module.DETRIS, "detris-b14", ("dino-b14", (0, 1)))
+    plain, released = build_encoder("dino-b14", pretrained=True), build_encoder("detris-b14", pretrained=True)
+    assert (plain.taps, released.taps) == ((0, 1), (0, 1)) and not torch.allclose(plain.visual.positions, released.visual.positions, atol=1e-4)
+    monkeypatch.setitem(module.DETRIS, "detris-b14", ("dino-b14", (1, 2)))
+    assert build_encoder("detris-b14", pretrained=True).taps == (1, 2)
+
+
+@pytest.mark.parametrize("change,says", [(lambda s: {k: t for k, t in s.items() if k != "reg_token"}, "'reg_token' is missing"), (lambda s: s | {"mask_token": torch.zeros(1, 32)}, "expected none of that name"),
+    (lambda s: s | {"pos_embed": s["pos_embed"][:, :9]}, "'pos_embed' is (1, 9, 32)"), (lambda s: s | {"norm.bias": s["norm.bias"] / 0}, "not finite")])
+def test_dino_file_that_does_not_fit(small_dino, change, says):
+    save_file(change(small_dino), weights_folder()/"dino-b14.safetensors")
+    line(lambda: build_encoder("dino-b14", pretrained=True), "does not hold the weights of 'dino-b14'", "model.safetensors of timm/", says)
+
+
+def test_dino_offline(small_dino, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    line(lambda: build_encoder("dino-b14", pretrained=True), "no weights for 'dino-b14'", "fetch model.safetensors from timm/", str(weights_folder()/"dino-b14.safetensors"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ full size
