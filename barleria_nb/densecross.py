@@ -29,6 +29,8 @@ class ConvUnit(nn.Sequential):
 
 class DenseBranches(nn.Module):
     "Three densely connected scales of one grid, F to F_dense (DCRIS Eq. 1)."
+    unit = ConvUnit # what the scales are built from
+
     def __init__(self,
         dim:int=128, # channels of F, and of F_dense
         branches:tuple[int, int, int]=(64, 32, 32), # channels of F1, F2, F3; they must add up to dim, else a `BarleriaError`
@@ -38,9 +40,9 @@ class DenseBranches(nn.Module):
         if len(branches) != 3 or len(reduce) != 2 or min(*branches, *reduce) < 1 or sum(branches) != dim:
             raise BarleriaError(f"branches {branches} with reductions {reduce} for {dim} channels; take three branches that add up to {dim} and two reductions, none below one.")
         a, b, c = branches
-        self.one = ConvUnit(dim, a)
-        self.three = nn.Sequential(ConvUnit(dim + a, reduce[0]), ConvUnit(reduce[0], b, 3))
-        self.five = nn.Sequential(ConvUnit(dim + a + b, reduce[1]), ConvUnit(reduce[1], c, 5))
+        self.one = self.unit(dim, a)
+        self.three = nn.Sequential(self.unit(dim + a, reduce[0]), self.unit(reduce[0], b, 3))
+        self.five = nn.Sequential(self.unit(dim + a + b, reduce[1]), self.unit(reduce[1], c, 5))
 
     def forward(self,
         f, # (B, dim, h, w) F
@@ -59,13 +61,14 @@ class WordAttention(nn.Module):
         text:int, # channels T of the words
         inner:int=128, # channels e of queries, keys and values
         heads:int=8, # must divide inner, else a `BarleriaError`
-        dropout:float=.1, # share of attention weights dropped in training
+        dropout:float=.1, # share of attention weights dropped in training, below 1
     ):
         super().__init__()
+        if not 0 <= dropout < 1: raise BarleriaError(f"dropout {dropout} of the attention is no share; choose one from 0 to below 1.")
         if heads < 1 or inner < 1 or inner % heads: raise BarleriaError(f"attention width {inner} does not divide into {heads} heads; choose a divisor.")
         self.heads, self.dropout = heads, dropout
         self.image, self.text = nn.Linear(dim, inner), nn.Linear(text, inner) # W_i, W_t
-        self.q, self.k, self.v, self.out = (nn.Linear(inner, inner) for _ in range(4))
+        self.q, self.k, self.v, self.out = (nn.Linear(inner, inner) for _ in range(4)) # W_q, W_k, W_v, W_o, the maps inside MHA
         self.back = nn.Linear(inner, dim) # W_b
 
     def forward(self,
@@ -82,7 +85,7 @@ class WordAttention(nn.Module):
 
 # %% ../nbs/08_densecross.ipynb #549b0885
 class DenseCrossAdapter(nn.Module):
-    "Down, three scales, words, up (DCRIS §3.2, Eq. 1 and 2)."
+    "Down, three scales, words, up (DCRIS §3.3, Eq. 1 and 2)."
     def __init__(self,
         width:int, # channels C of the image tower
         text:int, # channels T of the words; a `BarleriaError` if unknown
@@ -93,20 +96,20 @@ class DenseCrossAdapter(nn.Module):
         heads:int=8, # of the attention
         twice:bool=True, # prefix tokens, which no branch sees, go up as 2F as in the released code; False: as F
         dropout:float=.1, # of attention weights
-        zero:bool=True, # start the up-projection at zero, so that nothing changes at first; False: as the released code starts
+        zero:bool=False, # True: start the up-projection at zero, so that nothing changes at first
     ):
         super().__init__()
         if not text: raise BarleriaError("the width of the text tower is unknown, so its words cannot be read; build the adapter for an encoder with a text tower.")
-        if (branches is None or reduce is None) and (down < 16 or down % 16):
+        if type(down) is not int or down < 1 or (branches is None or reduce is None) and down % 16:
             raise BarleriaError(f"a bottleneck of {down} does not divide into halves, quarters and sixteenths; take a multiple of 16, or give branches and reduce.")
         self.twice = twice
         self.down, self.up = nn.Linear(width, down), nn.Linear(down, width)
-        self.dense = DenseBranches(down, branches or (down // 2, down // 4, down // 4), reduce or (down // 16,) * 2)
+        self.dense = DenseBranches(down, (down // 2, down // 4, down // 4) if branches is None else branches, (down // 16,) * 2 if reduce is None else reduce)
         self.cross = WordAttention(down, text, inner, heads, dropout)
         self._start(zero)
 
     def _start(self, zero):
-        "Linear maps small, q k v as in PyTorch's packed attention; the up-projection zero if wanted."
+        "Linear maps small, q k v as in PyTorch's packed attention, biases zero, as the released code starts; the up-projection zero if wanted."
         for name, m in self.named_modules():
             if not isinstance(m, nn.Linear): continue
             if name in ("cross.q", "cross.k", "cross.v"): nn.init.xavier_uniform_(m.weight, gain=2**-.5)
@@ -132,6 +135,12 @@ class DenseCrossAdapter(nn.Module):
         return self.up(torch.cat((2 * front if self.twice else front, cross), 1))
 
 # %% ../nbs/08_densecross.ipynb #96893bfe
+def _positions(name, given):
+    "A list of blocks as a tuple, not empty."
+    positions = tuple(given) if isinstance(given, (tuple, list, range)) else ()
+    if not positions: raise BarleriaError(f"{name} at positions {given!r}; give a list of at least one block, such as (1, 3, 5).")
+    return positions
+
 def _check_positions(name, positions, depth):
     "Refuse blocks that the tower does not have."
     wrong = [i for i in positions if type(i) is not int or not 0 <= i < depth]
@@ -140,7 +149,7 @@ def _check_positions(name, positions, depth):
 
 # %% ../nbs/08_densecross.ipynb #eac6529b
 class DenseCross(Tuner):
-    "DenseCross adapters in parallel to the MLP of some visual blocks, inside LayerScale (DCRIS §3.2; sizes: Table 4, positions: Table 5)."
+    "DenseCross adapters in parallel to the MLP of some visual blocks, inside LayerScale (DCRIS §3.3; sizes: Table 4, positions: Table 5)."
     needs_text = True
 
     def __init__(self,
@@ -154,10 +163,10 @@ class DenseCross(Tuner):
         masked:bool=True, # never listen to padding; False: the released code
         twice:bool=True, # prefix tokens, as in `DenseCrossAdapter`
         dropout:float=.1, # of attention weights
-        zero:bool=True, # as in `DenseCrossAdapter`
+        zero:bool=False, # as in `DenseCrossAdapter`
     ):
         super().__init__()
-        self.positions, self.scale, self.masked = tuple(positions), scale, masked
+        self.positions, self.scale, self.masked = _positions("DenseCross", positions), scale, masked
         self.sizes = dict(down=down, branches=branches, reduce=reduce, inner=inner, heads=heads, twice=twice, dropout=dropout, zero=zero)
 
     def attach(self,
@@ -180,21 +189,26 @@ class TextAdapter(Tuner):
         down:int=64, # bottleneck
         scale:float=.2, # factor of the adapter's output
         normed:bool=False, # read what the MLP reads; False: the residual stream before its norm, as in the released code
-        zero:bool=True, # start the up-projection at zero; False: as the released code starts
+        zero:bool=False, # True: start the up-projection at zero, so that nothing changes at first
     ):
         super().__init__()
-        self.positions, self.down, self.scale, self.normed, self.zero = tuple(positions), down, scale, normed, zero
+        self.positions, self.down, self.scale, self.normed, self.zero = _positions(type(self).__name__, positions), down, scale, normed, zero
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if it lacks one of the blocks
     ):
         "Make an adapter for each position, once."
-        _check_positions("TextAdapter", self.positions, encoder.text.depth)
-        T = encoder.text.width
-        if not T: raise BarleriaError("the width of the text tower is unknown; use an encoder whose text tower tells it.")
-        self.adapters = nn.ModuleDict({str(i): Bottleneck(T, T, self.down) for i in self.positions})
-        for a in self.adapters.values():
-            if self.zero: nn.init.zeros_(a[2].weight), nn.init.zeros_(a[2].bias)
+        _check_positions(type(self).__name__, self.positions, encoder.text.depth)
+        if not encoder.text.width: raise BarleriaError("the width of the text tower is unknown; use an encoder whose text tower tells it.")
+        self.adapters = nn.ModuleDict({str(i): self.make(encoder.text.width) for i in self.positions})
+
+    def make(self,
+        width:int, # channels T of the text tower
+    )->nn.Module: # (B, L, T) to (B, L, T)
+        "One adapter, its numbers drawn as PyTorch draws them: so the released code starts."
+        adapter = Bottleneck(width, width, self.down)
+        if self.zero: nn.init.zeros_(adapter[2].weight), nn.init.zeros_(adapter[2].bias)
+        return adapter
 
     def branch(self, tower, i, part, x, z, y, ctx):
         "y + scale · W_u relu(W_d x + b_d) + b_u."

@@ -82,13 +82,14 @@ class Neck(nn.Module):
         dims=(768, 768, 512), # channels of the taps, shallow to deep
         text:int=512, # width of the sentence vector
         width:int=512, # channels out
+        residual:bool=False, # True: add the joined map behind the coordinate convolutions, as DETRIS does
     ):
         super().__init__()
         self.text = nn.Linear(text, width)
         self.levels = nn.ModuleList(conv_layer(d, width) for d in dims)
         self.gates = nn.ModuleList(Gate(width) for _ in dims)
         self.join = conv_layer(len(dims) * width, width)
-        self.coord, self.smooth = CoordConv(width), conv_layer(width, width, 3)
+        self.coord, self.smooth, self.residual = CoordConv(width), conv_layer(width, width, 3), residual
 
     def forward(self,
         taps, # (B, C_i, h, w) each, all on one grid
@@ -98,7 +99,9 @@ class Neck(nn.Module):
         if len({v.shape[-2:] for v in taps}) > 1: raise BarleriaError(f"the taps differ in grid: {[tuple(v.shape[-2:]) for v in taps]}; read them off one tower.")
         t = self.text(sentence)
         gated = [gate(level(v), t) for gate, level, v in zip(self.gates, self.levels, taps)]
-        return self.smooth(self.coord(self.join(torch.cat(gated, 1))))
+        x = self.join(torch.cat(gated, 1))
+        y = self.smooth(self.coord(x))
+        return y + x if self.residual else y
 
 # %% ../nbs/10_head.ipynb #c03d9c8a
 @lru_cache(maxsize=64)
@@ -272,9 +275,10 @@ class Head(nn.Module):
         dropout:float=.1, # in the decoder, in training
         prior:float|None=None, # see `Projector`
         side:int|None=None, # channels of the global network's grid; None: there is no such network
+        residual:bool=False, # see `Neck`
     ):
         super().__init__()
-        self.neck = Neck(dims, joint, width)
+        self.neck = Neck(dims, joint, width, residual)
         self.words = nn.Identity() if text_width == width else nn.Linear(text_width, width)
         self.decoder = Decoder(width, heads, ffn, layers, dropout)
         self.projector = Projector(joint, width, prior=prior)

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from barleria_nb.backbones import (TINY, Block, Context, DualEncoder, TextTower, build_tiny_clip, dino_encoder, text_mask, tiny_clip,
+from barleria_nb.backbones import (TINY, Context, DualEncoder, TextTower, build_tiny_clip, dino_encoder, text_mask, tiny_clip,
                                    visual_tower)
+from barleria_nb.baselines import Bridger
 from barleria_nb.core import BarleriaError, count
 from barleria_nb.densecross import DenseBranches, DenseCross, DenseCrossAdapter, TextAdapter, WordAttention
+from barleria_nb.intertwine import Intertwine
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "dcris"
 PAIRS = ["clip", "dino", "deep"]
@@ -26,12 +27,12 @@ AT = (1, 3, 5)
 
 # ---------------------------------------------------------------- tiny towers
 def towers(kind, tuners=(), dtype=torch.float64, seed=0):
-    "A tiny CLIP, or a DINO with registers (6 or 12 blocks) beside a tiny CLIP's text tower; LayerScale far from zero; random weights."
+    "A tiny CLIP, or a DINO with registers (6 or 12 blocks, or a grid of 4 × 8) beside a tiny CLIP's text tower; LayerScale far from zero; random weights."
     torch.manual_seed(seed)
     if kind == "clip":
         encoder = tiny_clip(False, tuners)
     else:
-        dino = VisionTransformer(img_size=64, patch_size=8, embed_dim=48, depth=12 if kind == "deep" else 6, num_heads=4, mlp_ratio=2.,
+        dino = VisionTransformer(img_size=(32, 64) if kind == "wide" else 64, patch_size=8, embed_dim=48, depth=12 if kind == "deep" else 6, num_heads=4, mlp_ratio=2.,
                                  init_values=.7, reg_tokens=4, no_embed_class=True, num_classes=0)
         for name, p in dino.named_parameters():
             if "token" in name: nn.init.normal_(p)
@@ -39,7 +40,7 @@ def towers(kind, tuners=(), dtype=torch.float64, seed=0):
     return encoder.to(dtype)
 
 
-def batch(dtype=torch.float64, lengths=(4, 9, 6), length=9):
+def batch(dtype=torch.float64, lengths=(3, 9, 6), length=9):
     g = torch.Generator().manual_seed(5)
     image, ids = torch.randn(len(lengths), 3, 64, 64, generator=g, dtype=torch.float64), torch.randint(2, 40, (len(lengths), length), generator=g)
     words = torch.arange(length) < torch.tensor(lengths)[:, None]
@@ -54,7 +55,7 @@ def weighed(tensors):
     return sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in tensors)
 
 
-def both(**changes): return [DenseCross(AT, **{**SMALL, **changes}), TextAdapter(AT, 8, zero=changes.get("zero", True))]
+def both(**changes): return [DenseCross(AT, **{**SMALL, **changes}), TextAdapter(AT, 8, zero=changes.get("zero", False))]
 
 
 METHODS = {"dcris": both, "da": lambda **c: both(**c)[:1], "ta": lambda **c: both(**c)[1:]}
@@ -178,44 +179,11 @@ def test_parity_text_adapter():
     close(tuner.branch("text", 0, "mlp", a["x"], None, 0., None), a["y"])
 
 
-class Convolved(nn.Module):
-    "The later code's text adapter, written out from its stored weights: dense 1-D convolutions, the first token past them and doubled."
-    def __init__(self, state): super().__init__(); self.w = state
-
-    def unit(self, name, x):
-        w = {k: self.w[f"{name}.{k}"] for k in ("conv.weight", "conv.bias", "bn.running_mean", "bn.running_var", "bn.weight", "bn.bias")}
-        x = F.conv1d(x, w["conv.weight"], w["conv.bias"], padding=w["conv.weight"].shape[-1] // 2)
-        return F.batch_norm(x, w["bn.running_mean"], w["bn.running_var"], w["bn.weight"], w["bn.bias"], eps=1e-3).relu()
-
-    def forward(self, x): # (B, L, T)
-        f = F.linear(x, self.w["D_fc1.weight"], self.w["D_fc1.bias"]).relu()
-        g = f[:, 1:].mT
-        f1 = self.unit("dense_branch1", g)
-        f2 = self.unit("dense_branch2.1", self.unit("dense_branch2.0", torch.cat((g, f1), 1)))
-        f3 = self.unit("dense_branch3.1", self.unit("dense_branch3.0", torch.cat((g, f1, f2), 1)))
-        return F.linear(torch.cat((2 * f[:, :1], torch.cat((f1, f2, f3), 1).mT + f[:, 1:]), 1), self.w["D_fc2.weight"], self.w["D_fc2.bias"])
-
-
-def test_parity_place_of_the_text_adapter():
-    "The later code puts another module at the same place: only the place (fork before the norm, factor 0.2) is compared."
-    s, a, state = golden("clip_text_block_small")
-    source = ResidualAttentionBlock(s["d_model"], s["n_head"], act_layer=QuickGELU)
-    load(source, {k: v for k, v in state.items() if not k.startswith("adapter")})
-    block, tuner = Block(source), TextAdapter((0,))
-    tuner.adapters = nn.ModuleDict({"0": Convolved({k[8:]: v for k, v in state.items() if k.startswith("adapter")})})
-    x = a["x"].transpose(0, 1)
-    mask = text_mask(torch.ones(x.shape[:2], dtype=torch.bool))
-    close(block(x, mask), a["y_no_adapter"].transpose(0, 1))
-    x = x + block.attn(block.norm1(x), None, mask)
-    z = block.norm2(x)
-    close(x + tuner.branch("text", 0, "mlp", x, z, block.mlp(z), None), a["y"].transpose(0, 1))
-
-
 # ---------------------------------------------------------------- what it computes
-def adapter(zero=False, seed=0, **changes):
+def adapter(seed=0, **changes):
     torch.manual_seed(seed)
-    m = DenseCrossAdapter(20, 12, zero=zero, **{**dict(down=16, inner=12, heads=3), **changes}).double()
-    for n, p in m.named_parameters(): p.data += .3 * torch.randn_like(p) * (n[:2] != "up" or not zero)
+    m = DenseCrossAdapter(20, 12, **{**dict(down=16, inner=12, heads=3), **changes}).double()
+    for p in m.parameters(): p.data += .3 * torch.randn_like(p)
     for n, b in m.named_buffers():
         if n.endswith("mean"): b.normal_()
         if n.endswith("var"): b.uniform_(.5, 1.5)
@@ -229,10 +197,10 @@ def inputs(N=12, P=3, L=5):
 
 
 @pytest.mark.parametrize("grid", [(3, 4), (2, 6), (12, 1)])
-@pytest.mark.parametrize("twice", [True, False])
-def test_adapter_by_another_road(grid, twice):
-    "Convolutions as sums over shifted grids, PyTorch's own attention; grids that are not square."
-    m, (z, t, words) = adapter(twice=twice), inputs()
+@pytest.mark.parametrize("twice, prefix", [(True, 3), (False, 3), (True, 0)])
+def test_adapter_by_another_road(grid, twice, prefix):
+    "Convolutions as sums over shifted grids, PyTorch's own attention; grids that are not square; with and without prefix."
+    m, (z, t, words) = adapter(twice=twice), inputs(P=prefix)
 
     def unit(u, x):
         conv, norm, _ = u
@@ -244,7 +212,7 @@ def test_adapter_by_another_road(grid, twice):
         return ((y - row(norm.running_mean)) / row(norm.running_var + 1e-3).sqrt() * row(norm.weight) + row(norm.bias)).clamp_min(0)
 
     f = (z @ m.down.weight.T + m.down.bias).clamp_min(0)
-    g = f[:, 3:].reshape(2, *grid, 16).permute(0, 3, 1, 2)
+    g = f[:, prefix:].reshape(2, *grid, 16).permute(0, 3, 1, 2)
     f1 = unit(m.dense.one, g)
     f2 = unit(m.dense.three[1], unit(m.dense.three[0], torch.cat((g, f1), 1)))
     f3 = unit(m.dense.five[1], unit(m.dense.five[0], torch.cat((g, f1, f2), 1)))
@@ -254,9 +222,9 @@ def test_adapter_by_another_road(grid, twice):
     mha.load_state_dict({"in_proj_weight": torch.cat([x.weight for x in (c.q, c.k, c.v)]), "in_proj_bias": torch.cat([x.bias for x in (c.q, c.k, c.v)]),
                          "out_proj.weight": c.out.weight, "out_proj.bias": c.out.bias})
     said = c.text(t)
-    cross = c.back(mha(c.image(dense), said, said, key_padding_mask=~words)[0]) + f[:, 3:]
-    expected = torch.cat(((1 + twice) * f[:, :3], cross), 1) @ m.up.weight.T + m.up.bias
-    torch.testing.assert_close(m(z, t, words, grid, 3), expected, rtol=0, atol=1e-11)
+    cross = c.back(mha(c.image(dense), said, said, key_padding_mask=~words)[0]) + f[:, prefix:]
+    expected = torch.cat(((1 + twice) * f[:, :prefix], cross), 1) @ m.up.weight.T + m.up.bias
+    torch.testing.assert_close(m(z, t, words, grid, prefix), expected, rtol=0, atol=1e-11)
 
 
 def test_receptive_fields():
@@ -284,17 +252,36 @@ def test_one_word_leaves_the_convolutions_without_a_say():
 
 
 def test_released_start():
-    "Linear maps N(0, 0.02²) cut off, packed Xavier for q k v, convolutions Kaiming, all biases zero; the default differs in the up-projection only."
+    "Linear maps N(0, 0.02²) cut off, packed Xavier for q k v, convolutions Kaiming, all biases zero; `zero` differs in the up-projection only."
     torch.manual_seed(0)
-    m = DenseCrossAdapter(768, 512, zero=False)
+    m = DenseCrossAdapter(768, 512)
     std = {n: p.std().item() for n, p in m.named_parameters() if p.dim() > 1}
     for n in ("down", "up", "cross.image", "cross.text", "cross.out", "cross.back"): assert abs(std[f"{n}.weight"] - .02) < 1e-3
     for n in "qkv": assert abs(std[f"cross.{n}.weight"] - (6 / 512 / 3) ** .5) < 1e-3 and getattr(m.cross, n).weight.abs().max() <= (6 / 512) ** .5
     assert abs(std["dense.one.0.weight"] - (2 / 128) ** .5) < 5e-3
     assert all(p.abs().max() == 0 for n, p in m.named_parameters() if n.endswith("bias"))
     torch.manual_seed(0)
-    zero = dict(DenseCrossAdapter(768, 512).named_parameters())
+    zero = dict(DenseCrossAdapter(768, 512, zero=True).named_parameters())
     assert [n for n, p in m.named_parameters() if not torch.equal(p, zero[n])] == ["up.weight"] and zero["up.weight"].abs().max() == 0
+
+
+def test_released_start_of_the_text_adapter():
+    "PyTorch's own uniform draw, 1 / √(channels in) wide, biases too; `zero` differs in the up-projection only."
+    made = {}
+    for zero in (False, True):
+        torch.manual_seed(0)
+        made[zero] = TextAdapter(zero=zero).make(512).state_dict()
+    for k, bound in [("0.weight", 512), ("0.bias", 512), ("2.weight", 64), ("2.bias", 64)]:
+        assert .95 * bound**-.5 < made[False][k].abs().max() <= bound**-.5
+        if k[0] == "2": assert made[True][k].abs().max() == 0
+        else: assert torch.equal(made[True][k], made[False][k])
+
+
+def test_released_start_is_small():
+    "On features of unit size the visual adapter gives 0.09, times 0.2."
+    torch.manual_seed(0)
+    with torch.no_grad(): y = DenseCrossAdapter(768, 512).eval()(torch.randn(1, 1029, 768), torch.randn(1, 17, 512), None, (32, 32), 5)
+    assert .085 < y.std() < .095
 
 
 def test_dropout_only_in_training():
@@ -309,14 +296,14 @@ def test_dropout_only_in_training():
 @pairs
 @methods
 @pytest.mark.parametrize("training", [False, True])
-def test_identity_at_the_start(kind, method, training):
-    with torch.no_grad(): same(towers(kind, METHODS[method]()).train(training)(*batch()), towers(kind)(*batch()), 1e-12)
+def test_zero_start_changes_nothing(kind, method, training):
+    with torch.no_grad(): same(towers(kind, METHODS[method](zero=True)).train(training)(*batch()), towers(kind)(*batch()), 1e-12)
 
 
 @pairs
 @methods
 def test_released_start_changes_the_towers(kind, method):
-    tuners = METHODS[method](zero=False)
+    tuners = METHODS[method]()
     with torch.no_grad(): a, b = towers(kind, tuners).eval()(*batch()), towers(kind)(*batch())
     assert not torch.allclose(a.words, b.words) if method != "da" else torch.equal(a.words, b.words)
     assert not torch.allclose(a.taps[1], b.taps[1]) if method != "ta" else torch.equal(a.taps[1], b.taps[1])
@@ -345,9 +332,10 @@ def test_only_what_is_declared_trains(kind, method):
         else: assert not torch.equal(p, start[n]), n
 
 
-def test_what_trains_first():
-    "At the zero start the first gradient reaches the up-projections alone, the second everything."
-    encoder, reached = towers("dino", both(dropout=0.)), []
+@pytest.mark.parametrize("zero", [False, True])
+def test_what_trains_first(zero):
+    "At the zero start the first gradient reaches the up-projections alone, the second everything; at the released start the first does."
+    encoder, reached = towers("dino", both(dropout=0., zero=zero)), []
     opt = torch.optim.SGD([p for p in encoder.parameters() if p.requires_grad], 1e-3)
     for _ in range(2):
         opt.zero_grad()
@@ -355,14 +343,14 @@ def test_what_trains_first():
         reached.append({n for n, p in encoder.tuners.named_parameters() if p.grad is not None and p.grad.abs().max() > 0 and not n.endswith(BEFORE_NORM)})
         opt.step()
     ups = {n for n, _ in encoder.tuners.named_parameters() if ".up." in n or n.startswith("1.") and ".2." in n}
-    assert reached[0] == ups
-    assert reached[1] == {n for n, _ in encoder.tuners.named_parameters() if not n.endswith(BEFORE_NORM)}
+    everything = {n for n, _ in encoder.tuners.named_parameters() if not n.endswith(BEFORE_NORM)}
+    assert reached == [ups if zero else everything, everything]
 
 
 @pairs
 @pytest.mark.parametrize("twice", [True, False])
 def test_batch_and_padding_do_not_matter(kind, twice):
-    encoder = towers(kind, both(zero=False, twice=twice)).eval()
+    encoder = towers(kind, both(twice=twice)).eval()
     image, ids, words = batch()
     with torch.no_grad():
         every = encoder(image, ids, words)
@@ -376,7 +364,7 @@ def test_batch_and_padding_do_not_matter(kind, twice):
 
 def test_unmasked_hears_padding():
     "The parity option: nonsense behind the end token reaches the image."
-    encoder, (image, ids, words) = towers("dino", both(zero=False, masked=False)).eval(), batch()
+    encoder, (image, ids, words) = towers("dino", both(masked=False)).eval(), batch()
     with torch.no_grad():
         a = encoder(image, ids, words)
         ids[~words] = 7
@@ -384,11 +372,12 @@ def test_unmasked_hears_padding():
     assert not torch.allclose(a.taps[-1][0], b.taps[-1][0], atol=1e-12) and torch.allclose(a.taps[-1][1], b.taps[-1][1], atol=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["clip", "dino"])
+@pytest.mark.parametrize("kind", ["clip", "dino", "wide"])
 def test_place_in_the_block(kind):
-    "Beside the MLP, inside LayerScale, from its input; the text adapter from the stream before the norm."
-    da, ta = DenseCross((2,), **DROPPED, zero=False), TextAdapter((2,), 8, zero=False)
+    "Beside the MLP, inside LayerScale, from its input; the text adapter from the stream before the norm. On a grid of 4 × 8, too."
+    da, ta = DenseCross((2,), **DROPPED), TextAdapter((2,), 8)
     encoder, (image, ids, words) = towers(kind, [da, ta]).eval(), batch()
+    if kind == "wide": image = image[:, :, :32]
     v, t = encoder.visual.embed(image), encoder.text.embed(ids)
     with torch.no_grad():
         for i, b in enumerate(encoder.text.blocks):
@@ -406,7 +395,7 @@ def test_place_in_the_block(kind):
 
 def test_text_adapter_normed():
     "The option that reads what the MLP reads."
-    tuner = TextAdapter((0,), 8, normed=True, zero=False)
+    tuner = TextAdapter((0,), 8, normed=True)
     towers("clip", [tuner])
     x, z = torch.randn(2, 1, 3, 96, dtype=torch.float64)
     torch.testing.assert_close(tuner.branch("text", 0, "mlp", x, z, x, None), x + .2 * tuner.adapters["0"](z))
@@ -414,18 +403,18 @@ def test_text_adapter_normed():
 
 
 def test_gradient_of_the_image_reaches_the_text_adapters():
-    encoder = towers("dino", both(zero=False))
+    encoder = towers("dino", both())
     weighed(encoder(*batch()).taps).backward()
     assert all(p.grad.abs().max() > 0 for p in encoder.tuners[1].parameters())
 
 
 def test_state_holds_the_batch_norms():
-    encoder = towers("dino", both(zero=False))
+    encoder = towers("dino", both())
     for _ in range(2): encoder(*batch())
     state = encoder.tuners.state_dict()
     means = [n for n in state if n.endswith("running_mean")]
     assert len(means) == 5 * len(AT) and all(state[n].abs().max() > 0 for n in means)
-    fresh = towers("dino", both(zero=False))
+    fresh = towers("dino", both())
     with torch.no_grad():
         before = fresh.eval()(*batch())
         fresh.tuners.load_state_dict(state)
@@ -436,14 +425,14 @@ def test_state_holds_the_batch_norms():
 @pairs
 def test_precisions(kind):
     for dtype in (torch.float32, torch.bfloat16):
-        encoder = towers(kind, both(zero=False), dtype)
+        encoder = towers(kind, both(), dtype)
         out = encoder(*batch(dtype))
         weighed(out.taps).backward()
         assert out.taps[-1].dtype == out.words.dtype == dtype and all(x.isfinite().all() for x in outputs(out))
         assert all(p.grad is None or p.grad.isfinite().all() for p in encoder.parameters())
-    encoder = towers(kind, both(zero=False), torch.float32).eval()
+    encoder = towers(kind, both(), torch.float32).eval()
     with torch.autocast("cpu", torch.bfloat16): assert all(x.isfinite().all() for x in outputs(encoder(*batch(torch.float32))))
-    double = towers(kind, both(zero=False)).eval()
+    double = towers(kind, both()).eval()
     double.load_state_dict(encoder.state_dict())
     with torch.no_grad():
         for x, y in zip(outputs(encoder(*batch(torch.float32))), outputs(double(*batch()))):
@@ -452,7 +441,7 @@ def test_precisions(kind):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_gpu_agrees():
-    encoder = towers("dino", both(zero=False)).eval()
+    encoder = towers("dino", both()).eval()
     with torch.no_grad():
         here = encoder(*batch())
         there = encoder.cuda()(*(x.cuda() for x in batch()))
@@ -465,6 +454,8 @@ MISTAKES = {
     "out of range": (lambda: towers("clip", [DenseCross((1, 6), **SMALL)]), "block 6 of a tower of 6 blocks"),
     "default on six blocks": (lambda: towers("clip", [DenseCross(**SMALL)]), "from 0 to 5"),
     "negative": (lambda: towers("clip", [TextAdapter((-1,))]), "block -1"),
+    "a number": (lambda: DenseCross(3), "DenseCross at positions 3; give a list"),
+    "no block": (lambda: TextAdapter(()), "TextAdapter at positions ()"),
     "not whole": (lambda: towers("clip", [TextAdapter((1.5,))]), "1.5"),
     "text too deep": (lambda: towers("deep", [DenseCross((7,), **SMALL), TextAdapter((7,))]), "TextAdapter at block 7 of a tower of 6"),
     "twice": (lambda: towers("clip", [DenseCross((1, 1), **SMALL)]), "twice"),
@@ -474,6 +465,12 @@ MISTAKES = {
     "two branches": (lambda: DenseBranches(32, (16, 16)), "three branches"),
     "sixteenths": (lambda: DenseCrossAdapter(20, 12, 40), "multiple of 16"),
     "zero": (lambda: DenseCrossAdapter(20, 12, 0), "multiple of 16"),
+    "half a channel": (lambda: DenseCrossAdapter(20, 12, 16.), "multiple of 16"),
+    "below zero": (lambda: DenseCrossAdapter(20, 12, -16, (8, 4, 4), (1, 1)), "multiple of 16"),
+    "branches, no reductions": (lambda: DenseCrossAdapter(20, 12, 20, branches=(10, 5, 5)), "or give branches and reduce"),
+    "dropout": (lambda: DenseCrossAdapter(20, 12, 16, dropout=1.), "dropout 1.0"),
+    "guests": (lambda: towers("clip", [Intertwine(), DenseCross(AT, **SMALL)]), "DenseCross needs the finished text while Intertwine"),
+    "bridges": (lambda: towers("clip", [DenseCross(AT, **SMALL), Bridger(24, 4)]), "DenseCross needs the finished text while Bridger"),
     "heads": (lambda: WordAttention(16, 12, 24, 5), "5 heads"),
     "bottleneck": (lambda: towers("clip", [TextAdapter((1,), down=0)]), "at least one"),
     "no text": (lambda: DenseCrossAdapter(20, 12, 16)(z, None, seen, (2, 4), 3), "needs the finished words"),

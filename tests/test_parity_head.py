@@ -78,6 +78,58 @@ def test_neck():
     close(neck(taps, a["state"]), a["output"])
 
 
+def etris():
+    "The released neck of ETRIS, the ancestor of DCRIS's and DETRIS's: DETRIS adds the sum round the coordinate convolutions."
+    path = SHARED / "golden" / "dcris" / "neck_etris_small.npz"
+    if not path.is_file(): pytest.skip(f"{path} is missing")
+    with np.load(path) as z: arrays = {k: torch.from_numpy(z[k]) for k in z.files if k != "ctor_args"}
+    return arrays, {k[2:]: v for k, v in arrays.items() if k.startswith("w.")}
+
+
+def written_neck(state, taps, sentence):
+    "The released neck in PyTorch's own operations, up to the joined map, and behind the coordinates."
+    def unit(name, x, conv=nn.functional.conv2d, **more):
+        w = {k[len(name) + 1:]: v for k, v in state.items() if k.startswith(name + ".")}
+        y = conv(x, w["0.weight"], **more)
+        return nn.functional.batch_norm(y, w["1.running_mean"], w["1.running_var"], w["1.weight"], w["1.bias"]).relu()
+
+    t = sentence @ state["txt_proj.weight"].T + state["txt_proj.bias"]
+    fused = []
+    for n, v in zip("345", taps):
+        v, mha = unit(f"f{n}_proj", v, nn.functional.conv_transpose2d if n == "5" else nn.functional.conv2d), nn.MultiheadAttention(16, 4, batch_first=True)
+        mha.load_state_dict({k[len(f"fusion{n}.multihead_attn."):]: w for k, w in state.items() if k.startswith(f"fusion{n}.multihead_attn.")})
+        cells = v.flatten(2).mT
+        fused.append((cells * mha(cells, t[:, None], t[:, None])[0]).mT.view_as(v))
+    joined = unit("aggr", torch.cat(fused, 1))
+    b, _, h, w = joined.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, h), torch.linspace(-1, 1, w), indexing="ij")
+    placed = unit("coordconv.0.conv1", torch.cat((joined, x.expand(b, 1, h, w), y.expand(b, 1, h, w)), 1), padding=1)
+    return joined, unit("coordconv.1", placed, padding=1)
+
+
+def test_neck_with_and_without_the_residual():
+    "Without it ETRIS's stored output; with it (DETRIS) the sum, by another road. Same names, same numbers, on 5 × 4 cells."
+    a, state = etris()
+    taps, made = [a["v3"], a["v4"], a["v5"]], {}
+    for residual in (False, True): made[residual] = load(Neck((24, 24, 40), text=40, width=16, residual=residual), neck_state(state))(taps, a["state"])
+    joined, y = written_neck(state, taps, a["state"])
+    close(made[False], a["y"]); close(y, a["y"])
+    close(made[True], (a["y"] + joined).detach())
+    assert joined.max() > .1
+
+
+def test_residual_of_the_head():
+    "It reaches the neck, adds no number and is off unless asked for: then nothing changes, bit for bit."
+    heads, inputs = {}, ([torch.randn(2, 24, 3, 4) for _ in range(3)], torch.randn(2, 5, 16), torch.ones(2, 5, dtype=torch.bool), torch.randn(2, 12))
+    for name, more in dict(default={}, off=dict(residual=False), on=dict(residual=True)).items():
+        torch.manual_seed(0)
+        heads[name] = Head((24, 24, 24), 16, 12, width=16, heads=4, ffn=16, layers=1, **more).eval()
+    states = [h.state_dict() for h in heads.values()]
+    for other in states[1:]: assert states[0].keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in states[0].items())
+    out = {k: h(*inputs) for k, h in heads.items()}
+    assert torch.equal(out["default"], out["off"]) and not torch.allclose(out["default"], out["on"])
+
+
 def test_single_key_attention_is_the_gate():
     a, state = golden("neck_crossattn_single_key")
     gate = load(Gate(16), gate_state(state, "multihead_attn.", ""))
