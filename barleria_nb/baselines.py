@@ -6,6 +6,9 @@
 __all__ = ['TOWERS', 'PARTS', 'Adapter', 'Rule', 'PHM', 'Compacter', 'LowRank', 'LoRA', 'Listen', 'Bridge', 'Bridger']
 
 # %% ../nbs/09_baselines.ipynb #8bfcb9e7
+import math
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -17,29 +20,45 @@ from .core import BarleriaError, near
 # %% ../nbs/09_baselines.ipynb #f388ce22
 TOWERS, PARTS = ("visual", "text"), ("attn", "mlp")
 
+def _shown(x): return " ".join(repr(x).split())[:40]
+
+def _tuple(given):
+    "A single name or number may stand alone."
+    return (given,) if isinstance(given, str) or not isinstance(given, Iterable) else tuple(given)
+
 def _names(given, known, what):
-    "The given names, each one of `known`; a single name may stand alone."
-    given = (given,) if isinstance(given, str) else tuple(given)
-    wrong = [str(g) for g in given if g not in known]
-    if wrong: raise BarleriaError(f"{what} '{wrong[0]}' is unknown; use {', '.join(known)}.{near(wrong[0], known)}")
+    "The given names, each one of `known`."
+    given = _tuple(given)
+    wrong = [g for g in given if g not in known]
+    if wrong: raise BarleriaError(f"{what} {_shown(wrong[0])} is unknown; use {', '.join(known)}.{near(wrong[0], known)}")
     if not given or len(set(given)) < len(given): raise BarleriaError(f"name each {what} once, and at least one of {', '.join(known)}.")
     return given
 
 def _whole(**sizes):
     "Sizes are whole numbers from one on."
     for name, n in sizes.items():
-        if type(n) is not int or n < 1: raise BarleriaError(f"{name} is {n!r}; give a whole number from 1 on.")
+        if type(n) is not int or n < 1: raise BarleriaError(f"{name} is {_shown(n)}; give a whole number from 1 on.")
 
-def _blocks(at, encoder, towers):
-    "The blocks to tune in each tower, zero-based; all of them for None."
-    chosen = {}
-    for tower in towers:
+def _shared(width, heads):
+    "A width that `heads` can share."
+    _whole(width=width, heads=heads)
+    if width % heads: raise BarleriaError(f"a width of {width} cannot be shared among {heads} heads; choose a multiple.")
+
+def _unattached(tuner):
+    "A tuner serves one model."
+    if list(tuner.children()): raise BarleriaError(f"this {type(tuner).__name__} is attached already; make a new one for each model.")
+
+def _places(encoder, at, parts):
+    "(tower, block, part) for all `parts[tower]` of the blocks `at`, zero-based; of all blocks for None."
+    places = []
+    for tower, own in parts.items():
         depth = getattr(encoder, tower).depth
-        chosen[tower] = list(range(depth)) if at is None else [at] if type(at) is int else list(at)
-        wrong = [i for i in chosen[tower] if type(i) is not int or not 0 <= i < depth]
-        if wrong: raise BarleriaError(f"the {tower} tower has no block {wrong[0]}; its blocks are 0 to {depth - 1}.")
-        if len(set(chosen[tower])) < len(chosen[tower]): raise BarleriaError(f"a block of the {tower} tower is named twice; name each block once.")
-    return chosen
+        blocks = range(depth) if at is None else at
+        wrong = [i for i in blocks if type(i) is not int or not 0 <= i < depth]
+        if wrong: raise BarleriaError(f"the {tower} tower has no block {_shown(wrong[0])}; its blocks are 0 to {depth - 1}.")
+        if not blocks or len(set(blocks)) < len(blocks): raise BarleriaError(f"name each block of the {tower} tower once, and at least one; leave out `at` for all.")
+        places += [(tower, i, part) for i in blocks for part in own]
+    return places
 
 def _key(tower, i, part): return f"{tower}_{i}_{part}"
 
@@ -54,17 +73,18 @@ class Adapter(Tuner):
     ):
         super().__init__()
         _whole(width=width)
-        self.width, self.parts, self.towers, self.at = width, _names(parts, PARTS, "part"), _names(towers, TOWERS, "tower"), at
+        self.width, self.parts, self.towers = width, _names(parts, PARTS, "part"), _names(towers, TOWERS, "tower")
+        self.at = None if at is None else _tuple(at)
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if it lacks a block of `at`
     ):
-        "Make the bottlenecks: small weights, no biases yet, so almost the identity (Houlsby et al. 2019)."
+        "Make the bottlenecks: small weights, biases at zero, so almost the identity (Houlsby et al. 2019)."
+        _unattached(self)
         self.maps = nn.ModuleDict()
-        for tower, blocks in _blocks(self.at, encoder, self.towers).items():
+        for tower, i, part in _places(encoder, self.at, dict.fromkeys(self.towers, self.parts)):
             dim = getattr(encoder, tower).width
-            for name in (_key(tower, i, part) for i in blocks for part in self.parts):
-                self.maps[name] = nn.Sequential(nn.Linear(dim, self.width), nn.GELU(), nn.Linear(self.width, dim))
+            self.maps[_key(tower, i, part)] = nn.Sequential(nn.Linear(dim, self.width), nn.GELU(), nn.Linear(self.width, dim))
         for m in self.maps.modules():
             if isinstance(m, nn.Linear): nn.init.trunc_normal_(m.weight, std=.01, a=-.02, b=.02), nn.init.zeros_(m.bias)
 
@@ -80,6 +100,7 @@ class Rule(nn.Module):
         n:int=4, # of matrices, and their side
     ):
         super().__init__()
+        _whole(n=n)
         self.A = nn.Parameter(torch.randn(n, n, n) / n)
 
 
@@ -92,9 +113,11 @@ class PHM(nn.Module):
         rank:int=16, # of each block s_i t_i
     ):
         super().__init__()
+        _whole(dim=dim, out=out, n=n, rank=rank)
         wrong = [size for size in (dim, out) if size % n]
         if wrong: raise BarleriaError(f"Compacter cuts a width of {wrong[0]} into n = {n} equal parts, which it is no multiple of; choose another n or width.")
-        self.s, self.t = nn.Parameter(torch.randn(n, dim // n, rank) * (n / dim)**.5), nn.Parameter(torch.randn(n, rank, out // n) * rank**-.5)
+        self.s = nn.Parameter(torch.randn(n, dim // n, rank) * (n / dim)**.5)
+        self.t = nn.Parameter(torch.randn(n, rank, out // n) * rank**-.5)
         self.bias = nn.Parameter(torch.zeros(out))
 
     def weight(self,
@@ -124,20 +147,21 @@ class Compacter(Tuner):
     ):
         super().__init__()
         _whole(width=width, n=n, rank=rank)
-        self.width, self.n, self.rank, self.at = width, n, rank, at
+        self.width, self.n, self.rank = width, n, rank
         self.parts, self.towers = _names(parts, PARTS, "part"), _names(towers, TOWERS, "tower")
+        self.at = None if at is None else _tuple(at)
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if a width is no multiple of n or a block of `at` is missing
     ):
         "Make the rule and the layers; the second map of each adapter starts at zero."
+        _unattached(self)
         self.rule, self.maps = Rule(self.n), nn.ModuleDict()
-        for tower, blocks in _blocks(self.at, encoder, self.towers).items():
+        for tower, i, part in _places(encoder, self.at, dict.fromkeys(self.towers, self.parts)):
             dim = getattr(encoder, tower).width
-            for name in (_key(tower, i, part) for i in blocks for part in self.parts):
-                down, up = PHM(dim, self.width, self.n, self.rank), PHM(self.width, dim, self.n, self.rank)
-                nn.init.zeros_(up.t)
-                self.maps[name] = nn.ModuleList([down, up])
+            down, up = PHM(dim, self.width, self.n, self.rank), PHM(self.width, dim, self.n, self.rank)
+            nn.init.zeros_(up.t)
+            self.maps[_key(tower, i, part)] = nn.ModuleList([down, up])
 
     def branch(self, tower, i, part, x, z, y, ctx):
         "y + up(gelu(down(y))), (B, n, c) to the same; y itself where there is no adapter."
@@ -151,14 +175,16 @@ class LowRank(nn.Module):
     "W becomes W + α/r · B A on some of its rows: a parametrisation, so that whoever reads the weight reads the sum (LoRA §4.1)."
     def __init__(self,
         weight, # (out, in) the weight to tune
-        rows:slice, # its rows that are tuned
+        rows:slice, # the run of its rows that is tuned
         rank:int=16, # r
         scale:float=1., # α/r
     ):
         super().__init__()
+        _whole(rank=rank)
         start, stop, _ = rows.indices(len(weight))
         self.above, self.below, self.scale = start, len(weight) - stop, scale
-        self.A, self.B = nn.Parameter(weight.new_empty(rank, weight.shape[1])), nn.Parameter(weight.new_zeros(stop - start, rank))
+        self.A = nn.Parameter(weight.new_empty(rank, weight.shape[1]))
+        self.B = nn.Parameter(weight.new_zeros(stop - start, rank))
         nn.init.kaiming_uniform_(self.A, a=5**.5)
 
     def forward(self,
@@ -179,18 +205,23 @@ class LoRA(Tuner):
     ):
         super().__init__()
         _whole(rank=rank)
+        if alpha is not None and not (type(alpha) in (int, float) and 0 < alpha < math.inf):
+            raise BarleriaError(f"alpha is {_shown(alpha)}; give a number above 0, or None for a scale of 1.")
         if not visual and not text: raise BarleriaError("LoRA without projections tunes nothing; name some of q, k, v, o for one tower.")
-        self.letters = {tower: _names(tuple(letters), tuple("qkvo"), "projection") for tower, letters in (("visual", visual), ("text", text)) if letters}
-        self.rank, self.scale, self.at = rank, 1. if alpha is None else alpha / rank, at
+        given = {tower: tuple(p) if isinstance(p, str) else p for tower, p in (("visual", visual), ("text", text)) if p}
+        self.letters = {tower: _names(p, tuple("qkvo"), "projection") for tower, p in given.items()}
+        self.rank, self.scale = rank, 1. if alpha is None else alpha / rank
+        self.at = None if at is None else _tuple(at)
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if a block of `at` is missing or a weight is tuned already
     ):
         "Register the additions, zero at the start."
-        blocks = _blocks(self.at, encoder, self.letters)
-        places = {_key(tower, i, p): getattr(encoder, tower).blocks[i].attn.weight(p) for tower in blocks for i in blocks[tower] for p in self.letters[tower]}
+        _unattached(self)
+        places = {_key(tower, i, p): getattr(encoder, tower).blocks[i].attn.weight(p) for tower, i, p in _places(encoder, self.at, self.letters)}
         for name, (module, attr, _) in places.items():
-            if parametrize.is_parametrized(module, attr): raise BarleriaError(f"the weight of {name} is tuned already; build the towers anew.")
+            if parametrize.is_parametrized(module, attr):
+                raise BarleriaError(f"the weight of {name}, or the one it is packed into, is tuned already; name all projections in one LoRA, on towers built anew.")
         self.additions = nn.ModuleDict()
         for name, (module, attr, rows) in places.items():
             self.additions[name] = LowRank(getattr(module, attr), rows, self.rank, self.scale)
@@ -204,13 +235,13 @@ class Listen(nn.Module):
         heads:int=8, # of the attention
     ):
         super().__init__()
-        if width % heads: raise BarleriaError(f"a width of {width} cannot be shared among {heads} heads; choose a multiple.")
+        _shared(width, heads)
         self.heads, self.q, self.kv, self.out = heads, nn.Linear(width, width), nn.Linear(width, 2 * width), nn.Linear(width, width)
 
     def forward(self,
         a, # (B, n, width) who listens
         b, # (B, m, width) who is heard
-        mask=None, # (B, m) bool, True = may be heard; None: all
+        mask=None, # (B, m) bool, True = may be heard, at least one in each row; None: all
     ): # (B, n, width)
         "Attention by SDPA, then the product."
         q, k, v = (rearrange(x, "b n (h d) -> b h n d", h=self.heads) for x in (self.q(a), *self.kv(b).chunk(2, -1)))
@@ -243,9 +274,10 @@ class Bridge(nn.Module):
         v, # (B, N, visual) patches
         t, # (B, L, text) words
         words, # (B, L) bool, True at real words; None: padding is heard, as in the released code
-        before=None, # (a, b) of the stage before; None in the first
+        before=None, # (a, b) of the stage before, else a `BarleriaError`; None in the first
     ): # v and t of the same shapes, and (a, b): (B, N, width), (B, L, width)
         "Zoom in, exchange, zoom out, add."
+        if (before is None) != (self.norms is None): raise BarleriaError("a first stage takes over nothing, a later one (a, b) of the stage before; run the stages in order.")
         a, b = _rows(self.norm_in, self.zoom_in(v)).relu(), self.text_in(t)
         if self.norms is not None: a, b = (norm(x + old) for norm, x, old in zip(self.norms, (a, b), before))
         v = v + _rows(self.norm_out, self.zoom_out(self.patches(a, b, words))).relu()
@@ -265,17 +297,17 @@ class Bridger(Tuner):
         padding:bool=False, # True: padding words are heard, as in the released code
     ):
         super().__init__()
-        _whole(width=width, heads=heads)
-        if width % heads: raise BarleriaError(f"a Bridger's width of {width} cannot be shared among {heads} heads; choose a multiple.")
+        _shared(width, heads)
         self.width, self.heads, self.padding = width, heads, padding
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if its towers make fewer than three steps
     ):
         "Make the three stages."
+        _unattached(self)
         v, t = encoder.visual, encoder.text
         steps = min(v.depth, t.depth)
-        if steps < 3: raise BarleriaError(f"a Bridger has three stages but these towers make {steps} steps; take towers of three blocks or more.")
+        if steps < 3: raise BarleriaError(f"a Bridger has three stages but these towers make {steps} step{'s' * (steps > 1)}; take towers of three blocks or more.")
         self.stages = nn.ModuleDict({str(int(steps * k / 3 + .5) - 1): Bridge(v.width, t.width, self.width, self.heads, k == 1) for k in (1, 2, 3)})
 
     def after(self, i, v, t, ctx):

@@ -1,5 +1,7 @@
 """Contracts of the baselines (adapter, Compacter, LoRA, the Bridger of ETRIS) on tiny random towers, their counts at full size, and ETRIS' interaction against stored outputs."""
+import copy
 from functools import lru_cache
+from itertools import combinations_with_replacement
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +10,11 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from barleria_nb.backbones import Context, DualEncoder, build_encoder
-from barleria_nb.baselines import PHM, Adapter, Bridge, Bridger, Compacter, Listen, LoRA
+from barleria_nb.backbones import Context, DualEncoder, TextTower, build_encoder, build_tiny_clip, visual_tower
+from barleria_nb.baselines import PHM, Adapter, Bridge, Bridger, Compacter, Listen, LoRA, LowRank, Rule
 from barleria_nb.core import count
 from barleria_nb.snf import SNF
-from common import batch, line, towers as pair
+from common import SIZES, batch, line, towers as pair
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "barleria" / "etris_interactorT.npz"
 METHODS = {
@@ -57,10 +59,13 @@ def same(a, b, atol=1e-12):
     for x, y in zip(a, b): torch.testing.assert_close(x, y, rtol=0, atol=atol)
 
 
+def backward(model, *inputs):
+    g = torch.Generator().manual_seed(9)
+    sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in outputs(model(*inputs))).backward()
+
+
 def step(model, optimiser):
-    e, g = model(*batch()), torch.Generator().manual_seed(9)
-    loss = sum((x * torch.randn(x.shape, generator=g, dtype=x.dtype)).sum() for x in outputs(e))
-    optimiser.zero_grad(), loss.backward(), optimiser.step()
+    optimiser.zero_grad(), backward(model, *batch()), optimiser.step()
 
 
 # ------------------------------------------------------------------------------------------------------------- contracts
@@ -127,6 +132,56 @@ def test_number_types(method):
         same(outputs(model.float()(*batch(torch.float32))), [x.float() for x in exact], 1e-3)
         rough = outputs(model.bfloat16()(*batch(torch.bfloat16)))
     assert all(x.dtype == torch.bfloat16 and x.isfinite().all() for x in rough)
+
+
+@methods
+@pytest.mark.parametrize("length", [1, 9])
+def test_one_image_and_one_word(method, length):
+    "Training included: BatchNorm then has the patches of one image; all words but the first are padding."
+    model, (image, ids, _) = towers(METHODS[method]()), batch()
+    few = image[:1], ids[:1, :length], torch.arange(length)[None] < 1
+    backward(model, *few)
+    assert all(p.grad.isfinite().all() for p in model.tuners.parameters())
+    assert all(x.isfinite().all() for x in outputs(model.eval()(*few)))
+
+
+@methods
+def test_trains_in_mixed_precision(method):
+    model = towers(METHODS[method]()).float()
+    with torch.autocast("cpu", torch.bfloat16): backward(model, *batch(torch.float32))
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() for p in model.tuners.parameters())
+
+
+@methods
+def test_a_copy_is_a_model_of_its_own(method):
+    model = shaken(method)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        before = outputs(model(*batch()))
+        same(outputs(twin(*batch())), before, 0)
+        for p in twin.tuners.parameters(): p += .1
+        assert (outputs(twin(*batch()))[0] - before[0]).abs().max() > 1e-3
+        same(outputs(model(*batch())), before, 0)
+    assert {id(p) for p in twin.parameters() if p.requires_grad} == {id(p) for p in twin.tuners.parameters()}
+
+
+@methods
+def test_towers_of_different_widths(method):
+    torch.manual_seed(0)
+    a, b = build_tiny_clip(range(40), SIZES), build_tiny_clip(range(40), dict(SIZES, width=48, heads=4))
+    model = DualEncoder(visual_tower(a.visual), TextTower(b), [METHODS[method]()]).double()
+    backward(model, *batch())
+    assert all(p.grad is not None for p in model.tuners.parameters())
+
+
+@pytest.mark.parametrize("pair", list(combinations_with_replacement(["adapter", "compacter", "lora", "bridger"], 2)), ids="+".join)
+def test_two_at_once(pair):
+    "Each of two methods moves all its numbers. (Of two LoRAs each has a tower.)"
+    tuners = [LoRA(2, "qv", ""), LoRA(2, "", "qv")] if pair == ("lora", "lora") else [METHODS[m]() for m in pair]
+    model = towers(*tuners)
+    before, optimiser = [p.detach().clone() for p in model.tuners.parameters()], torch.optim.Adam(model.tuners.parameters(), 1e-3)
+    for _ in range(3): step(model, optimiser)
+    assert not any(torch.equal(p, old) for p, old in zip(model.tuners.parameters(), before))
 
 
 @methods
@@ -237,12 +292,9 @@ def test_bridger_is_convolutions_on_the_grid():
 
 
 def test_bridger_stages():
-    for depths, steps in (((3, 3), "012"), ((6, 6), "135"), ((12, 6), "135"), ((4, 4), "023")):
-        assert "".join(towers(Bridger(16, 4), visual=depths[0], text=depths[1]).tuners[0].stages) == steps
-    model = shaken("bridger")
-    tuner = model.tuners[0]
-    again = model(*batch())
-    same(outputs(model(*batch())), outputs(again), 0)  # nothing is kept from one pass to the next
+    for depths, steps in (((3, 3), (0, 1, 2)), ((4, 4), (0, 2, 3)), ((5, 5), (1, 2, 4)), ((6, 6), (1, 3, 5)), ((12, 6), (1, 3, 5)), ((24, 12), (3, 7, 11)), ((3, 6), (0, 1, 2))):
+        assert tuple(map(int, towers(Bridger(16, 4), visual=depths[0], text=depths[1]).tuners[0].stages)) == steps
+    tuner = shaken("bridger").tuners[0]
     v, t = torch.randn(1, 65, 32).double(), torch.randn(1, 4, 32).double()
     ctx = Context((8, 8), 1, torch.ones(1, 4, dtype=torch.bool))
     new, said = tuner.after(0, v, t, ctx)
@@ -275,6 +327,17 @@ def test_bridger_carries_over_the_stage_before():
             same((v, t), expected, 1e-10)
 
 
+def test_bridger_keeps_nothing_between_passes():
+    "Two passes that take turns do not hear of each other."
+    tuner, g = shaken("bridger").tuners[0], torch.Generator().manual_seed(4)
+    (v, w), (t, u) = (torch.randn(2, 1, n, 32, generator=g, dtype=torch.float64) for n in (65, 4))
+    one, two, again = (Context((8, 8), 1, torch.ones(1, 4, dtype=torch.bool)) for _ in range(3))
+    with torch.no_grad():
+        alone = tuner.after(1, *tuner.after(0, v, t, again), again)
+        first, _ = tuner.after(0, v, t, one), tuner.after(0, w, u, two)
+        same(tuner.after(1, *first, one), alone, 0)
+
+
 def test_two_bridgers_do_not_meet():
     torch.manual_seed(0)
     model = towers(Bridger(16, 4), Bridger(16, 2)).eval()
@@ -285,41 +348,74 @@ def test_two_bridgers_do_not_meet():
 
 
 def test_padding_of_the_release():
-    "Heard on request: then the length of the filling matters."
+    "Heard on request: then it matters with what a row is filled up."
     model, (image, ids, words) = towers(Bridger(16, 4, padding=True)).eval(), batch()
     with torch.no_grad(): assert (model(image, ids, words).taps[0] - model(image, torch.where(words, ids, 7), words).taps[0]).abs().max() > 1e-6
 
 
 # ---------------------------------------------------------------------------------------------------------------- errors
-def test_errors():
+BLOCKS = [([1, 3], "no block 3"), (-1, "no block -1"), (1.5, "no block 1.5"), (True, "no block True"), ("01", "no block '01'"), ([[1]], "no block [1]"),
+          (np.int64(1), "no block np.int64(1)"), (object(), "no block <object"), ([1, 1], "once"), ([], "at least one")]
+
+
+@pytest.mark.parametrize("method", [Adapter, Compacter, LoRA])
+def test_blocks(method):
+    for at, words in BLOCKS: line(lambda: towers(method(at=at)), "visual tower", words)
+    line(lambda: towers(method(at=3)), "0 to 2")
+    line(lambda: towers(method(at=[5]), visual=6), "text tower has no block 5")
+    everywhere = count(towers(method()).tuners)[0]
+    for at in (range(3), {0, 1, 2}, (i for i in range(3))): assert count(towers(method(at=at)).tuners)[0] == everywhere
+    assert count(towers(method(at=1)).tuners)[0] < everywhere
+
+
+@pytest.mark.parametrize("method", [Adapter, Compacter])
+def test_places(method):
+    for parts in (("atn",), "atn"): line(lambda: method(parts=parts), "'atn'", "attn, mlp", "Did you mean attn")
+    line(lambda: method(towers="image"), "'image'", "visual, text")
+    line(lambda: method(towers=["visual", "visual"]), "once")
+    line(lambda: method(parts=()), "at least one")
+    for wrong in (None, 5, ["x" * 10**4]): line(lambda: method(parts=wrong), "attn, mlp")
+    for wrong in (0, -1, 8., True, None, "8", torch.zeros(30, 30)): line(lambda: method(width=wrong), "width is", "whole number")
+
+
+def test_sizes():
     line(lambda: towers(Compacter(16, 5, 2)), "32", "n = 5")
     line(lambda: towers(Compacter(18, 4, 2)), "18", "n = 4")
-    for m in (Adapter, Compacter, LoRA):
-        line(lambda: towers(m(at=[1, 3])), "no block 3", "0 to 2")
-        line(lambda: towers(m(at=-1)), "no block -1")
-        line(lambda: towers(m(at="01")), "no block 0")
-        line(lambda: towers(m(at=[1, 1])), "twice")
-    line(lambda: towers(Adapter(8), Adapter(8, at=[5]), visual=6), "text tower has no block 5")
-    for m in (Adapter, Compacter):
-        line(lambda: m(parts=("atn",)), "'atn'", "attn, mlp")
-        line(lambda: m(towers="image"), "'image'", "visual, text")
-        line(lambda: m(parts=()), "at least one")
-        line(lambda: m(0), "width is 0")
-    line(lambda: Adapter(8.), "width is 8.0")
+    for sizes in (dict(n=0), dict(n=2.), dict(rank=0)): line(lambda: Compacter(**sizes), *sizes)
+    for sizes in ((0, 8, 4, 1), (8, 8, 0, 1), (8, 8, 4, 0), (8, 8, -2, 1)): line(lambda: PHM(*sizes), "whole number")
+    line(lambda: Rule(0), "n is 0")
+    for rank in (-1, 0, 1.5): line(lambda: LoRA(rank), f"rank is {rank}")
+    line(lambda: LowRank(torch.zeros(4, 4), slice(None), 0), "rank is 0")
+    for alpha in (0, -1, "x", True, 1j, float("nan"), float("inf")): line(lambda: LoRA(2, alpha=alpha), "alpha is", "above 0")
     line(lambda: LoRA(2, "qx"), "'x'", "q, k, v, o")
-    line(lambda: LoRA(2, "", ""), "nothing")
+    line(lambda: LoRA(2, 5), "projection 5")
+    for nothing in ("", None): line(lambda: LoRA(2, nothing, nothing), "nothing")
     line(lambda: LoRA(2, "qq"), "once")
-    line(lambda: LoRA(-1), "rank is -1")
     line(lambda: Bridger(20), "20", "8 heads")
     line(lambda: Bridger(16, 0), "heads is 0")
-    line(lambda: towers(Bridger(), visual=2, text=2), "three stages", "2 steps")
+    for steps, words in ((2, "2 steps"), (1, "1 step;")): line(lambda: towers(Bridger(), visual=2, text=steps), "three stages", words)
     line(lambda: Listen(6, 4), "6", "4 heads")
+    line(lambda: Listen(6, 0), "heads is 0")
+    v, t = torch.randn(2, 4, 8), torch.randn(2, 3, 8)
+    line(lambda: Bridge(8, 8, 8, 2, first=False)(v, t, None), "in order")
+    line(lambda: Bridge(8, 8, 8, 2)(v, t, None, (v, t)), "in order")
+
+
+@methods
+def test_a_tuner_serves_one_model(method):
+    tuner = METHODS[method]()
+    model = towers(tuner)
+    mine = {id(p) for p in tuner.parameters()}
+    line(lambda: towers(tuner), type(tuner).__name__, "attached already", "new one")
+    assert {id(p) for p in model.tuners.parameters()} == mine
+    line(lambda: towers(*[METHODS[method]()] * 2), "attached already")
 
 
 def test_towers_carry_one_lora():
     model = towers(LoRA(2))
     line(lambda: DualEncoder(model.visual, model.text, [LoRA(2)]), "tuned already", "anew")
     line(lambda: towers(LoRA(2), LoRA(2)), "tuned already")
+    line(lambda: towers(LoRA(2, "q", ""), LoRA(2, "v", "")), "packed", "one LoRA")
 
 
 # ---------------------------------------------------------------------------------------------------------------- parity
