@@ -142,17 +142,12 @@ def report(
 
 # %% ../nbs/17_cli.ipynb #d53bdca5
 @functools.cache
-def _tables(backbone):
-    "How many numbers the position tables of a backbone hold."
-    from barleria_nb.model import config, ledger
-    return ledger(config(f"frozen-{backbone}", train_positions=True))["positions"]
-
-
 def _params(name):
     "The ledger of one configuration, and what training its position tables would add."
     from barleria_nb.model import config, ledger
     c = config(name)
-    return ledger(c) | dict(positions_if_trained=0 if any(kind == "full" for kind, _ in c.tuners) else _tables(c.backbone))
+    if any(kind == "full" for kind, _ in c.tuners): return ledger(c) | dict(positions_if_trained=0)
+    return ledger(c) | dict(positions_if_trained=ledger(config(name, train_positions=True))["positions"])
 
 
 def _params_table(rows, parts):
@@ -174,8 +169,10 @@ def barleria_params(
         from barleria_nb.model import config, configurations
         names = configs or configurations()
         for name in names: config(name) # an unknown one is told before any counting
-        rows = [_params(name) for name in names]
-        print(_json(rows) if json else "\n".join(_params_table(rows, parts=bool(configs))))
+        rows = map(_params, names)
+        if json: print(_json(list(rows)))
+        else:
+            for row in _params_table(rows, parts=bool(configs)): print(row, flush=True)
 
 
 def _json(x): return json.dumps(x, indent=1)

@@ -26,11 +26,12 @@ class GlobalPrior(nn.Module):
     def __init__(self,
         visual:int, # channels of the patch features F_v
         joint:int|None, # channels J of the joint space; where they are not `visual`, a learned Linear(visual, joint), not in the paper, maps F_v
+        aligned:bool=True, # False: F_v knows no text (DINO's), so that it is mapped even where the widths agree
     ):
         super().__init__()
         if not joint: raise BarleriaError("a prior compares in a joint space and this text tower has none; take one with a projection.")
         self.visual, self.joint = visual, joint
-        self.map = nn.Identity() if visual == joint else nn.Linear(visual, joint)
+        self.map = nn.Identity() if aligned and visual == joint else nn.Linear(visual, joint)
 
     def forward(self,
         words:Tensor, # (B, L, J) F_l W_t: state of every word, projected

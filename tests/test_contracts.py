@@ -1,7 +1,8 @@
-"""Seven contracts, one matrix: every method keeps each of them on the tiny towers. Then BarLeRIa's first step at full size, and bad input to its global network.
+"""Seven contracts, one matrix: every method keeps each of them on both tiny pairs of towers. Then the first steps of both papers' methods at full size, and bad input to the global network.
 
 After a wanted change of a loss, `python tests/test_contracts.py` writes anew what no longer holds in tests/traces.json, and saved results must be rerun or marked."""
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,20 +16,29 @@ from barleria_nb.core import count
 from barleria_nb.data import RefSet, tokenize
 from barleria_nb.intertwine import Intertwine
 from barleria_nb.loss import text_to_pixel_loss
-from barleria_nb.model import (FORMAT, METHODS, build_model, config, ledger, load_tuned, put_tuned, read_about, save_tuned, towers_hash,
-                               tuned_state)
+from barleria_nb.model import (FORMAT, METHODS, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about, save_tuned,
+                               towers_hash, tuned_state)
 from barleria_nb.shapes import make_refshapes
-from barleria_nb.training import Loop
+from barleria_nb.training import Loop, first_refs
 from common import line
 
 TRACES = Path(__file__).with_name("traces.json")
-NAMES = [f"{m}-tiny" for m in METHODS]
+ALIKE = re.compile(r"dcris-d?[0-9]")  # these differ from `dcris` in sizes or blocks alone: counted below, not run
+NAMES = [f"{m}-{towers}" for towers in ("tiny", "tinydino") for m in METHODS if not ALIKE.match(m)]
 every = pytest.mark.parametrize("name", NAMES)
 SAID = "the red circle", "small blue square on the left", "the topmost object above the biggest green thing"  # 5, 8 and 10 pieces
 GARBAGE = tokenize(["one yellow triangle next to that thing is at the right of the bottom"]).ids[0, 1:12]
 
 
 def tiny(name, **changes): return config(name, **{"pretrained": False, **changes})
+
+
+def method(name): return name.rsplit("-", 1)[0]
+
+
+def parameters(model):
+    "Every parameter once, by the name it is saved under: LoRA's also stand in the towers."
+    return {n: p for n, p in model.named_parameters(remove_duplicate=False) if not re.search(r"\.parametrizations\.\w+\.\d", n)}
 
 
 def batch(size=64, length=17, said=SAID, seed=0, dtype=torch.float32):
@@ -42,6 +52,7 @@ def batch(size=64, length=17, said=SAID, seed=0, dtype=torch.float32):
 def shaken(name, seed=1):
     "A model none of whose tuned numbers, running statistics included, is where it was built; in evaluation mode."
     model, g = build_model(tiny(name), seed), torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # of dropout
     with torch.no_grad():
         for k in range(2): model(*batch(seed=k)[:3])  # moves the running statistics
         for p in model.parameters():
@@ -59,7 +70,7 @@ def ask(model, inputs):
 def same(a, b, atol): torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def differ(a, b): return bool((a - b).abs().max() > .01)
+def differ(a, b): return bool((a - b).abs().max() > 1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -70,16 +81,25 @@ def data(tmp_path_factory):
 # ---------------------------------------------------------------- 1: at its identity setting a tuned model is the frozen one
 
 SPEAKING = {  # the ways in which a method can change what the frozen model says
-    "frozen-tiny": (), "full-tiny": ("towers",), "snf-tiny": ("flows",), "barleria-noglobal-tiny": ("flows", "guests"), "barleria-tiny": ("flows", "guests", "door"),
+    "frozen": (), "full": ("towers",), "snf": ("flows",), "adapter": ("series",), "compacter": ("products",), "lora": ("weights",), "etris": ("bridges",), "etris-64": ("bridges",),
+    "snf+etris": ("flows", "bridges"), "barleria-noglobal": ("flows", "guests"), "barleria": ("flows", "guests", "door"),
+    "dcris": ("patches", "words"), "dcris-da": ("patches",), "dcris-ta": ("words",), "detris": ("patches", "convolved words"),
+}
+LAST = {  # by way: what must be zero for it to be silent, by name
+    "flows": r"tuners\.\d\..*\.(mu|s|u)$", "series": r"tuners\.\d\.maps\.\w+\.2\.", "products": r"tuners\.\d\.maps\.\w+\.1\.(t|bias)$", "weights": r"\.additions\.\w+\.B$",
+    "bridges": r"\.stages\.\d+\.(norm_out|text_out)\.", "patches": r"tuners\.\d\.adapters\.\d+\.up\.", "words": r"tuners\.\d\.adapters\.\d+\.2\.",
+    "convolved words": r"tuners\.1\.adapters\.\d+\.up\.", "door": r"^head\.side\.",
 }
 
 
 def hush(model, ways):
-    "Flows with mu = s = u = 0; guests behind closed masks; a side door whose map is zero; towers that have not moved."
-    if "towers" in ways: model.encoder.load_state_dict(build_model(tiny("frozen-tiny")).encoder.state_dict())
+    "Last maps at zero; guests behind closed masks; towers that have not moved."
+    name = model.config.name
+    if "towers" in ways: model.encoder.load_state_dict(build_model(tiny(f"frozen-{name.rsplit('-', 1)[1]}")).encoder.state_dict())
+    tuner = {"patches": "tuners.0."}
     with torch.no_grad():
-        for n, p in model.named_parameters():
-            if "flows" in ways and n.startswith("encoder.tuners.") and n.endswith((".mu", ".s", ".u")) or "door" in ways and n.startswith("head.side."): p.zero_()
+        for n, p in parameters(model).items():
+            if any(re.search(LAST[way], n) and tuner.get(way, "") in n for way in set(ways) & set(LAST)): p.zero_()
     for tuner in model.encoder.tuners:
         if "guests" in ways and isinstance(tuner, Intertwine): tuner.guests = closed(tuner)
     return model
@@ -95,7 +115,8 @@ def closed(tuner):
 
 def still(model):
     "The frozen method with `model`'s head, less the side door."
-    frozen = build_model(tiny("frozen-tiny")).double().eval()
+    c = model.config
+    frozen = build_model(replace(tiny(f"frozen-{c.name.rsplit('-', 1)[1]}"), head=c.head)).double().eval()
     frozen.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if not n.startswith("side.")})
     return frozen
 
@@ -103,7 +124,7 @@ def still(model):
 @every
 def test_1_identity(name):
     "All ways hushed: the frozen model, for numbers far from where they were built. Any one way open: not."
-    ways, x = SPEAKING[name], batch(dtype=torch.float64)
+    ways, x = SPEAKING[method(name)], batch(dtype=torch.float64)
     frozen = ask(still(exact(name)), x)
     same(ask(hush(exact(name), ways), x), frozen, 1e-10)
     for way in ways: assert differ(ask(hush(exact(name), set(ways) - {way}), x), frozen), way
@@ -125,17 +146,26 @@ def test_1_global_network_starts_silent():
 
 def declared(name):
     "By name, without asking `requires_grad`: what a method says it trains."
-    if name == "full-tiny": return lambda n: n.startswith(("encoder.visual.", "encoder.text.", "head.")) and n != "encoder.text.positions"
+    if method(name) == "full": return lambda n: n.startswith(("encoder.visual.", "encoder.text.", "head.")) and n != "encoder.text.positions"
     return lambda n: n.startswith(("encoder.tuners.", "prior.", "gst.", "head."))
 
 
 # Tensors whose gradient is zero whatever the numbers are: see `test_2_silent_numbers`. In 32 bits Adam blows their rounding errors up to whole steps, so whether they move says nothing.
-SILENT = {"full-tiny": {"encoder.visual.norm.bias"}}
+SILENT = {"full": r"^encoder\.visual\.norm\.bias$", "dcris": r"tuners.*(\.0\.bias|\.k\.bias)$", "detris": r"tuners.*(\.0\.bias|\.k\.bias)$"}
 
 
-def first_step(name):
-    "The first step with a gradient: the sentence's kernel starts at zero (`prior` of the head), so nothing before it has one in step 0, and nothing before the side door in step 1."
-    return 0 if name.startswith("head.projector.text.") else 2 if name.startswith(("prior.", "gst.")) else 1
+def silent_tensors(model):
+    "Names of the tensors without a gradient."
+    first = SILENT.get(method(model.config.name).removesuffix("-da"))
+    return {n for n in parameters(model) if first and re.search(first, n) and not re.search(r"tuners\.1\.adapters\.\d+\.0\.", n)} # the text adapters' first map is another .0.bias
+
+
+def first_step(name, row):
+    """The first step with a gradient: the sentence's kernel starts at zero (`prior` of the head), so nothing before it has one in step 0, and nothing before the side door in step 1, nor before what
+    else starts at zero: LoRA's B, and in each adapter of Compacter a factor of the second map."""
+    if name.startswith("head.projector.text."): return 0
+    late = name.startswith(("prior.", "gst.")) or name.endswith(".A") or row == "compacter" and re.search(r"maps\.\w+\.(0\.(s|t|bias)|1\.s)$", name)
+    return 2 if late else 1
 
 
 @every
@@ -143,50 +173,53 @@ def test_2_only_the_declared_trains(name, data):
     "Four Adam steps from the start as built, through the whole model on pictures and sentences: frozen tensors and tables stay bit for bit, all else moves."
     loop = Loop(tiny(name, epochs=1, batch=4, lr=1e-3), data.split("train"))
     model, first = loop.model, {}
-    mine, before = declared(name), {n: t.clone() for n, t in model.state_dict().items()}
-    trains = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trains == {n for n, _ in model.named_parameters() if mine(n)}
-    assert {id(p) for group in loop.optimiser.param_groups for p in group["params"]} == {id(p) for n, p in model.named_parameters() if n in trains}
+    mine, before, named = declared(name), {n: t.clone() for n, t in model.state_dict().items()}, parameters(model)
+    trains = {n for n, p in named.items() if p.requires_grad}
+    assert trains == {n for n in named if mine(n)}
+    assert {id(p) for group in loop.optimiser.param_groups for p in group["params"]} == {id(named[n]) for n in trains}
     for step, loss, _ in loop.epoch(0):
         assert loss.isfinite() and model.head.training and not model.encoder.visual.training and not model.encoder.text.training
-        for n, p in model.named_parameters():
+        for n, p in named.items():
             assert (p.grad is not None) == (n in trains) and (p.grad is None or bool(p.grad.isfinite().all())), n
             if n in trains and p.grad.any(): first.setdefault(n, step)
-    silent, after = SILENT.get(name, set()), model.state_dict()
-    assert step == 3 and {n: k for n, k in first.items() if n not in silent} == {n: first_step(n) for n in trains - silent}
-    assert {n for n in before if not torch.equal(before[n], after[n])} | silent == set(tuned_state(model))
+    silent, after = silent_tensors(model), model.state_dict()
+    assert step == 3 and {n: k for n, k in first.items() if n not in silent} == {n: first_step(n, method(name)) for n in trains - silent}
+    moved = {n for n in before if not torch.equal(before[n], after[n]) and not re.search(r"\.parametrizations\.\w+\.\d", n)}
+    assert moved | silent == set(tuned_state(model))
     assert silent <= trains <= set(tuned_state(model)) and all(mine(n) for n in tuned_state(model))
 
 
-def silent_numbers(model, name):
+def silent_numbers(model):
     """Name and slice of every number without a gradient, all for two reasons.
 
-    Keys' biases add the same number to all scores of a softmax. A bias on the last tap is a constant per channel, and the neck's first convolution (1 × 1, no bias) hands it as such
-    to a batch normalisation, which while training subtracts it again."""
-    for n, p in model.named_parameters():
-        third = len(p) // 3
+    Keys' biases add the same number to all scores of a softmax. A bias in front of a batch normalisation is a constant per channel, which it subtracts again while training; so does the neck's first one
+    (behind a 1 × 1 convolution without a bias) with a bias on the last tap."""
+    whole = silent_tensors(model)
+    for n, p in parameters(model).items():
+        third, half = len(p) // 3 if p.ndim else 0, len(p) // 2 if p.ndim else 0
         if p.requires_grad and n.endswith(("in_proj_bias", "qkv.bias")): yield n, slice(third, 2 * third)
-        if n in SILENT.get(name, ()): yield n, slice(None)
+        if p.requires_grad and n.endswith(".kv.bias"): yield n, slice(half)
+        if n in whole: yield n, slice(None)
 
 
 @every
 def test_2_silent_numbers(name):
     "Shifted by random amounts, all at once, the silent numbers change no logit in training mode: their gradient is zero everywhere. Every other tensor's is not."
     model, x = exact(name).train(), batch(dtype=torch.float64)
-    silent = list(silent_numbers(model, name))
-    assert SILENT.get(name, set()) <= {n for n, _ in silent} and len(silent) >= 6  # three layers of a decoder, two attentions each
+    silent, named = list(silent_numbers(model)), parameters(model)
+    assert silent_tensors(model) <= {n for n, _ in silent} and len(silent) >= 6  # three layers of a decoder, two attentions each
+    torch.manual_seed(0)  # of dropout
     logits = model(*x[:3])
     text_to_pixel_loss(logits, x[3]).backward()
-    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    grads = {n: p.grad.clone() for n, p in named.items() if p.requires_grad}
     for n, numbers in silent:
         assert grads[n][numbers].abs().max() < 1e-14, n
         grads[n][numbers] = 0
-    assert {n for n, g in grads.items() if g.abs().max() < 1e-9} == SILENT.get(name, set())
+    assert {n for n, g in grads.items() if g.abs().max() < 1e-13} == silent_tensors(model)
     g = torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for n, numbers in silent:
-            p = model.get_parameter(n)
-            p[numbers] += torch.randn(p[numbers].shape, generator=g, dtype=p.dtype)
+        for n, numbers in silent: named[n][numbers] += torch.randn(named[n][numbers].shape, generator=g, dtype=torch.float64)
+    torch.manual_seed(0)
     same(ask(model, x), logits.detach(), 1e-9)
 
 
@@ -206,10 +239,10 @@ def test_3_save_and_load(name, tmp_path):
     for other in (back, standing):
         assert not other.training and torch.equal(ask(other, x), ask(model, x))
         for n, t in model.state_dict().items(): assert torch.equal(other.state_dict()[n], t), n
-    stored, frozen = load_bytes(file.read_bytes()), {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    stored, frozen = load_bytes(file.read_bytes()), {n: p for n, p in parameters(model).items() if not p.requires_grad}
     assert stored.keys() == tuned_state(model).keys() and any("running_var" in n for n in stored) and not stored.keys() & frozen.keys()
     assert not {bits(t) for t in stored.values()} & {bits(p) for p in frozen.values() if len(p.unique()) > 1}  # nor under another name
-    assert sum(t.numel() for t in stored.values()) == count(model)[0] + sum(b.numel() for b in model.head.buffers())
+    assert sum(t.numel() for t in stored.values()) == count(model)[0] + sum(b.numel() for part in (model.head, model.encoder.tuners) for b in part.buffers())
     assert read_about(file)["extra"] == dict(score=.5) and read_about(file)["format"] == FORMAT and read_about(file)["towers"] == towers_hash(model)
     first = file.read_bytes()
     save_tuned(back, file, dict(score=.5))
@@ -218,7 +251,7 @@ def test_3_save_and_load(name, tmp_path):
 
 # ---------------------------------------------------------------- 4: batch mates and padding do not matter
 
-@every
+@pytest.mark.parametrize("name", [n for n in NAMES if "detris" not in n])  # whose convolutions run over the padding, as released
 def test_4_neither_batch_mates_nor_padding_matter(name):
     "Each sample alone and unpadded; in another order; among other mates; padded to the tower's whole length; with words where the padding is."
     model, (image, ids, words, _) = exact(name), batch(dtype=torch.float64)
@@ -249,9 +282,9 @@ def test_5_ledger_counts_the_real_model(name, positions):
     c = replace(tiny(name), tuners=config(name, positions).tuners)
     model, l = build_model(c), ledger(c)
     assert count(model)[0] == l["backbone"] + l["positions"] + l["prior"] + l["head"] and sum(l["parts"].values()) == l["backbone"]
-    assert l["head"] == count(model.head)[0] == count(model.head)[1] and l["towers"] == count(model.encoder.visual)[1] + count(model.encoder.text)[1]
+    assert l["head"] == count(model.head)[0] == count(model.head)[1] and l["towers"] == count(model.encoder)[1] - count(model.encoder.tuners)[1]
     tables = model.encoder.visual.positions.numel() + model.encoder.text.positions.numel()
-    assert l["positions"] == (tables if positions and name != "full-tiny" else 0) and l["prior"] == 0  # both widths are the joint one
+    assert l["positions"] == (tables if positions and method(name) != "full" else 0) and l["prior"] == (96 * 96 + 96 if name == "barleria-tinydino" else 0)  # DINO's patches know no text
 
 
 def linear(a, b): return a * b + b
@@ -282,19 +315,47 @@ FULL = {"b16": (86_561_280, 63_388_672), "eva02-b16": (86_631_680, 63_388_672), 
 
 
 @pytest.mark.parametrize("backbone", PARTS)
-@pytest.mark.parametrize("method", METHODS)
-def test_5_counts_of_the_paper(method, backbone):
+@pytest.mark.parametrize("row", ["full", *parts()])
+def test_5_counts_of_barleria(row, backbone):
     "Without making the weights: total and parts, the head live and as published."
-    l = ledger(config(f"{method}-{backbone}"))
-    if method != "full": assert l["parts"] == PARTS[backbone][method] and l["backbone"] == sum(l["parts"].values())
+    l = ledger(config(f"{row}-{backbone}"))
+    if row != "full": assert l["parts"] == PARTS[backbone][row] and l["backbone"] == sum(l["parts"].values())
     assert (l["positions"], l["prior"]) == (0, 0)
     if backbone == "tiny": return
-    door = HEADS[backbone][2] if method == "barleria" else 0  # published without it
+    door = HEADS[backbone][2] if row == "barleria" else 0  # published without it
     assert (l["head"] - door, l["head_published"] - door) == HEADS[backbone][:2]
-    if method == "full": assert (*l["parts"].values(),) == FULL[backbone] and l["backbone"] == sum(FULL[backbone]) < l["towers"]
-    else: assert l["backbone"] == PAPER[backbone][method]
-    if method == "barleria" and backbone != "l14": assert sum(n for k, n in l["parts"].items() if k.startswith("GST.")) == 1_815_840
-    if f"{method}-{backbone}" == "snf-b16": assert ledger(config("snf-b16", train_positions=True))["positions"] == 559_360
+    if row == "full": assert (*l["parts"].values(),) == FULL[backbone] and l["backbone"] == sum(FULL[backbone]) < l["towers"]
+    else: assert l["backbone"] == PAPER[backbone][row]
+    if row == "barleria" and backbone != "l14": assert sum(n for k, n in l["parts"].items() if k.startswith("GST.")) == 1_815_840
+    if f"{row}-{backbone}" == "snf-b16": assert ledger(config("snf-b16", train_positions=True))["positions"] == 559_360
+
+
+SIZES = {"etris-b16": 1_387_648, "etris-b14": 1_387_648, "etris-64-b16": 598_592, "snf+etris-b16": 1_572_064, "adapter-b14": 1_982_976, "compacter-b14": 1_622_080, "lora-b14": 1_572_864,
+    "full-b14": 149_705_728, "dcris-b14": 2_694_048, "dcris-d128-64-b14": 2_694_048, "dcris-l14": 3_088_800, "dcris-da-b14": 2_297_376, "dcris-ta-b14": 396_672, "dcris-d64-64-b14": 1_912_848,
+    "dcris-d128-128-b14": 3_087_648, "dcris-d256-128-b14": 4_832_064, "detris-b14": 2_715_696, **{f"dcris-{n}-b14": 449_008 * n for n in (1, 2, 3, 4, 5, 7, 8, 12)}}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_5_counts_of_the_rivals_and_of_dcris(name):
+    "What both papers print, to the last digit as far as it is known; the printed tables themselves are in test_papers.py."
+    l = ledger(config(name))
+    assert l["backbone"] == SIZES[name] and l["head"] == (21_619_713 if name == "dcris-l14" else 21_226_497 if name.endswith("-b14") else 21_095_425)
+    assert l["head_published"] == l["head"] + 1_575_936  # queries and keys that never train
+    if name == "dcris-b14": assert l["parts"] == {"DenseCross.adapters": 6 * 382_896, "TextAdapter.adapters": 6 * 66_112}
+
+
+@pytest.mark.parametrize("name", [n for n in configurations() if ALIKE.match(n) and n.endswith(("-tiny", "-tinydino"))])
+def test_5_rows_that_differ_in_size(name):
+    "They are built, answer, and count what the ledger says."
+    model = build_model(tiny(name))
+    assert ask(model, batch()).shape == (3, 1, 32, 32) and count(model)[0] == ledger(model.config)["backbone"] + count(model.head)[0]
+    n, where = re.search(r"dcris-([0-9]+)-tiny", name), model.encoder.tuners[0].positions
+    assert len(where) == len(model.encoder.tuners[1].positions) == (int(n[1]) if n else 6)
+
+
+def test_5_towers_are_the_same_ones_whoever_tunes_them():
+    "LoRA moves weights behind a parametrisation: the towers' fingerprint does not change."
+    for towers in ("tiny", "tinydino"): assert len({towers_hash(build_model(tiny(f"{m}-{towers}"))) for m in ("frozen", "lora", "snf", "dcris")}) == 1
 
 
 # ---------------------------------------------------------------- 6: precisions and devices
@@ -320,7 +381,7 @@ def test_6_precision(name):
     plain = learnt(model, batch())
     with torch.autocast("cpu", torch.bfloat16): mixed = learnt(model, batch())
     truth, whole = learnt(exact(name), batch(dtype=torch.float64)), learnt(model.bfloat16(), batch(dtype=torch.bfloat16))
-    assert max(off(truth, plain)) < 1e-4 and max(off(truth, mixed) + off(truth, whole)) < .15
+    assert max(off(truth, plain)) < 1e-3 and max(off(truth, mixed) + off(truth, whole)) < .15
 
 
 @every
@@ -352,19 +413,33 @@ def test_7_trace(name, data):
 # ---------------------------------------------------------------- at full size
 
 @pytest.mark.full
-@pytest.mark.parametrize("name,grid", [("barleria-b16", 26), ("barleria-l14", 30), ("barleria-eva02-b16", 26)])
+@pytest.mark.parametrize("name,grid", [("barleria-b16", 26), ("barleria-l14", 30), ("barleria-eva02-b16", 26), ("dcris-b14", 32), pytest.param("dcris-l14", 32, marks=pytest.mark.long),
+    pytest.param("lora-b14", 32, marks=pytest.mark.long), pytest.param("snf+etris-b16", 26, marks=pytest.mark.long), pytest.param("detris-b14", 32, marks=pytest.mark.long)])
 def test_full_size_step(name, grid):
     "One picture, forward and backward, with the side door open: every declared tensor gets a finite gradient that is not zero, no other gets any."
-    model, backbone = build_model(config(name)), name.removeprefix("barleria-")
-    with torch.no_grad(): model.head.side.weight.normal_(0, .02, generator=torch.Generator().manual_seed(0))
+    model = build_model(config(name))
+    with torch.no_grad():
+        if model.head.side: model.head.side.weight.normal_(0, .02, generator=torch.Generator().manual_seed(0))
+        for n, p in parameters(model).items():
+            if n.endswith(".B"): p.normal_(0, .02, generator=torch.Generator().manual_seed(0))
     image, ids, words, mask = batch(model.config.size, said=SAID[1:2])
     logits = model(image, ids, words)
     assert logits.shape == (1, 1, 4 * grid, 4 * grid) and logits.isfinite().all() and logits.std() > 0
     text_to_pixel_loss(logits, mask).backward()
-    for n, p in model.named_parameters():
+    for n, p in parameters(model).items():
         assert (p.grad is not None) == p.requires_grad == (not n.startswith(("encoder.visual.", "encoder.text."))), n
-        if p.requires_grad: assert p.grad.isfinite().all() and p.grad.abs().max() > 0, n
-    assert count(model)[0] == PAPER[backbone]["barleria"] + HEADS[backbone][0] + HEADS[backbone][2]
+        if p.requires_grad: assert p.grad.isfinite().all() and (p.grad.abs().max() > 0 or n in silent_tensors(model)), n
+    l = ledger(model.config)
+    assert count(model)[0] == l["backbone"] + l["head"]
+
+
+@pytest.mark.long
+@every
+def test_fifty_steps_lower_the_loss(name, data):
+    "On eight objects over and over, with the towers that ship: the loss of the last five steps is well below that of the first five."
+    loop = Loop(config(name, epochs=50, batch=8, lr=5e-4), first_refs(data.split("train"), 8))
+    losses = [loss.item() for epoch in range(50) for _, loss, _ in loop.epoch(epoch)]
+    assert len(losses) == 50 and sum(losses[-5:]) < .8 * sum(losses[:5]), losses
 
 
 # ---------------------------------------------------------------- bad input to the global network

@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
-from barleria_nb.model import (METHODS, TYPES, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
+from barleria_nb.model import (BACKBONES, TYPES, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
                                save_tuned, towers_hash, tuned_state)
 from common import line
 
-TINY = [f"{m}-tiny" for m in METHODS]
+TINY = [n for n in configurations() if n.endswith("-tiny")]
 
 
 def tiny(name, **changes): return config(name, **{"pretrained": False, **changes})
@@ -46,12 +46,20 @@ def test_configurations_are_json_and_come_back():
         for positions in (False, True):
             c = config(name, positions, words=22, lr=3e-4)
             stored = json.loads(json.dumps(asdict(c)))
-            assert stored["words"] == 22 and stored["name"] == name and name.endswith("-" + c.backbone)
+            assert stored["words"] == 22 and stored["name"] == name and c.backbone in BACKBONES
             assert any(kind == "positions" for kind, _ in stored["tuners"]) is positions
 
 
 @pytest.mark.parametrize("changes", [dict(epochs=0), dict(batch=True), dict(words=2), dict(size=1.5), dict(lr=0), dict(lr=float("inf")), dict(lr="1"), dict(drop=-1), dict(drop=2), dict(pretrained=1)])
 def test_settings_are_checked(changes): line(lambda: config("snf-tiny", **changes), *changes)
+
+
+def test_which_towers_a_name_means():
+    "-l14 is CLIP's for BarLeRIa and its rivals, DINOv2's for DCRIS."
+    found = {n: config(n).backbone for n in configurations()}
+    assert [found[n] for n in ("snf-l14", "full-l14", "dcris-l14", "dcris-da-l14", "detris-l14")] == ["l14", "l14", "dino-l14", "dino-l14", "detris-l14"]
+    assert [found[n] for n in ("barleria-b14", "lora-b14", "dcris-3-b14", "detris-b14", "dcris-tinydino")] == ["dino-b14", "dino-b14", "dino-b14", "detris-b14", "tiny-dino"]
+    assert "dcris-b16" not in found and "dcris-7-tiny" not in found and len(found) == len(configurations())
 
 
 def test_unknown_names():
