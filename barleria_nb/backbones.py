@@ -34,6 +34,7 @@ from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
 from timm.models.vision_transformer import VisionTransformer as TimmVision
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .core import BarleriaError, asset, atomic, freeze, near, read_json, write_json
 from .data import tokenize
@@ -445,6 +446,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.visual, self.text, self.name = freeze(visual), freeze(text), name
         self.taps, self.padding = tuple(_levels(visual.depth, 3)[:2] if taps is None else taps), padding
+        self.recompute = False # True: while training, keep only what enters each block, and compute the rest again on the way back
         self.joint, self.patch = text.joint, visual.patch
         self.tuners, self._plan = nn.ModuleList(tuners), _plan(visual.depth, text.depth, tuners)
         self._hooks = {h: [t for t in tuners if getattr(type(t), h) is not getattr(Tuner, h)] for h in HOOKS}
@@ -478,6 +480,10 @@ class DualEncoder(nn.Module):
         z = block.norm2(x)
         return self._residual(tower, i, "mlp", x, z, block.mlp(z), block.scale2, ctx)
 
+    def _run(self, *block):
+        if not (self.recompute and self.training and torch.is_grad_enabled()): return self._block(*block)
+        return checkpoint(self._block, *block, use_reentrant=False)
+
     def _guests(self, i, v, t, ctx):
         found = [Guests(*g) for g in (tuner.guests(i, v, t, ctx) for tuner in self._hooks["guests"]) if g is not None]
         return Guests(*_join([g[:2] for g in found]), *_join([g[2:] for g in found]))
@@ -493,8 +499,8 @@ class DualEncoder(nn.Module):
         sight, patches, kept = _Sight(words, self.padding, v.shape[1], self.visual.rope), v[:, ctx.prefix:], {}
         for i, (visual, text, texted) in enumerate(self._plan):
             guests = self._guests(i, v, t, ctx)
-            for j in visual: v = kept[j] = self._block("visual", j, v, *guests[:2], sight, ctx)
-            for j in text: t = self._block("text", j, t, *guests[2:], sight, ctx)
+            for j in visual: v = kept[j] = self._run("visual", j, v, *guests[:2], sight, ctx)
+            for j in text: t = self._run("text", j, t, *guests[2:], sight, ctx)
             for tuner in self._hooks["after"]: v, t = tuner.after(i, v, t, ctx)
             if visual: kept[visual[-1]] = v
             if texted: ctx.text = self.text.finish(t)

@@ -13,6 +13,7 @@ from operator import index
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -152,6 +153,19 @@ def _answers(model, batch, device):
     return logits[:, 0].float().sigmoid()
 
 # %% ../nbs/13_metrics.ipynb #c083bbe7
+def _portions(n, batch, shared):
+    "This process' batches: all of them, or every n-th."
+    rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
+    return [range(k, min(k + batch, n)) for k in range(rank * batch, n, world * batch)]
+
+
+def _gathered(scores):
+    "The scores of all processes."
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, scores.records)
+    return Scores([r for records in found for r in records], scores.protocol)
+
+# %% ../nbs/13_metrics.ipynb #c73ef3e8
 def evaluate(
     model, # (images (B, 3, S, S), ids (B, L), words (B, L)) -> logits (B, 1, h, h), covering the whole square
     refset:RefSet, # what to score on
@@ -162,6 +176,7 @@ def evaluate(
     threshold:float=THRESHOLD, # of the probability, from 0 to 1, strictly above
     device="cpu", # where the model is
     progress:bool=True, # show a bar
+    shared:bool=False, # True: all processes of a distributed run call this alike, each takes every n-th batch, and all get all scores
 )->Scores: # one record per sentence, by sent_id
     """Score a model: every sentence once, at the image's own resolution.
 
@@ -175,14 +190,14 @@ def evaluate(
     if was_training: model.eval()
     try:
         with torch.inference_mode():
-            for part in tqdm(DataLoader(data, batch, collate_fn=collate), "evaluate", disable=not progress, leave=False):
+            for part in tqdm(DataLoader(data, batch_sampler=_portions(len(data), batch, shared), collate_fn=collate), "evaluate", disable=not progress, leave=False):
                 for i, prob in zip(part["index"].tolist(), _answers(model, part, device)):
                     ref, sentence = data.pair(i)
                     mask = Letterbox(ref.height, ref.width, size).inverse(prob) > threshold
                     scores.add(sentence.sent_id, *counts(mask.cpu(), refset.mask(ref)))
     finally:
         if was_training: model.train()
-    return scores
+    return _gathered(scores) if shared else scores
 
 # %% ../nbs/13_metrics.ipynb #87e5abe9
 def _objects(refset):
