@@ -436,8 +436,9 @@ class RefDataset(Dataset):
         train:bool=False, # an item per ref, or per (ref, sentence)
         seed:int=0, # of the draws
         cache:int=2**30, # keep this many bytes of ready images in memory
+        spare:bool=False, # where a picture cannot be read, show the next ref whose picture can, and name the lost one; False: a `BarleriaError`
     ):
-        self.refset, self.size, self.train, self.seed, self.epoch = refset, size, train, seed, 0
+        self.refset, self.size, self.train, self.seed, self.epoch, self.spare = refset, size, train, seed, 0, spare
         self.refs = [(r, None) for r in refset] if train else [(r, s) for r in refset for s in r.sentences]
         texts = [s for r in refset for s in r.sentences]
         self.tokens = tokenize([s.text for s in texts], length)
@@ -466,15 +467,25 @@ class RefDataset(Dataset):
     def __len__(self): return len(self.refs)
 
     def __getitem__(self, i):
+        if not self.spare: return self.item(i)
+        for k in range(len(self)):
+            try: return self.item((i + k) % len(self)) | dict(lost=i if k else -1)
+            except BarleriaError as e: first = e if k == 0 else first
+        raise first
+
+    def item(self,
+        i:int, # item
+    )->dict: # image, mask, ids, words, index, height, width; lost: index of the ref it stands in for, or −1
+        "Make item `i`, or raise a `BarleriaError` that names what is wrong with it."
         ref, sentence = self.pair(i)
         box, row = Letterbox(ref.height, ref.width, self.size), self.row[sentence]
         return dict(image=self._image(ref, box), mask=torch.from_numpy(box.mask(self.refset.mask(ref))), ids=self.tokens.ids[row], words=self.tokens.words[row],
-            index=i, height=ref.height, width=ref.width)
+            index=i, height=ref.height, width=ref.width, lost=-1)
 
 # %% ../nbs/01_data.ipynb #46fb67fb
 def collate(
     items, # list of B items of a `RefDataset`
-)->dict: # image (B,3,S,S) uint8, mask (B,1,S,S) float32, ids and words (B,L), index, height and width (B,)
+)->dict: # image (B,3,S,S) uint8, mask (B,1,S,S) float32, ids and words (B,L), index, height, width and lost (B,)
     "Stack items to a batch."
     stack = lambda k: torch.stack([x[k] for x in items]) if isinstance(items[0][k], Tensor) else torch.tensor([x[k] for x in items])
     batch = {k: stack(k) for k in items[0]}

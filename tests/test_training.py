@@ -11,12 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
 
 import barleria_nb.training as training
 from barleria_nb.data import RefDataset, RefSet, collate
 from barleria_nb.model import build_model, config, load_tuned, read_about, write_tensors
 from barleria_nb.shapes import make_refshapes
-from barleria_nb.training import (EpochOrder, Loop, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser, save_state,
+from barleria_nb.training import (EpochOrder, Interrupts, Loop, Portions, Stopped, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser, save_state,
                                   shuffled, train, train_step)
 from common import line
 
@@ -146,7 +147,7 @@ def test_killed_in_mid_epoch(data, folder, whole, tmp_path):
     done = subprocess.run([sys.executable, "-c", KILLED, str(folder), str(out), str(torch.get_num_threads())], capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, cwd=Path(__file__).parents[1])
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
-    assert {"state.safetensors", "run.json", ".state-12345678.safetensors"} <= set(os.listdir(out))
+    assert {"state-00000002.safetensors", "run.json", ".state-12345678.safetensors"} <= set(os.listdir(out))
     assert json.loads((out / "run.json").read_text())["done"] is False
     go(data, out)
     same_run(whole, out)
@@ -198,7 +199,7 @@ def test_disk_full(data, whole, tmp_path, monkeypatch, target):
     out, plain = tmp_path / "run", Path.write_bytes
     def full(kind, content, *a, **k):
         path, write = kind
-        if target in path.name and (out / "state.safetensors").exists(): raise OSError(errno.ENOSPC, "No space left on device")
+        if target in path.name and list(out.glob("state-*")): raise OSError(errno.ENOSPC, "No space left on device")
         return write(path, content, *a, **k)
     text = Path.write_text
     with monkeypatch.context() as m:
@@ -206,7 +207,7 @@ def test_disk_full(data, whole, tmp_path, monkeypatch, target):
         m.setattr(Path, "write_text", lambda self, c, **k: full((self, text), c, **k))
         m.setattr(training.Trainer, "score", lambda self, epoch: dict(mIoU=float(epoch)))  # each epoch is the best
         line(lambda: go(data, out), "the disk is full")
-    for name in ("tuned.safetensors", "state.safetensors"): assert training.read_note(out / name)
+    for name in ("tuned.safetensors", "state-00000002.safetensors"): assert training.read_note(out / name)
     load_tuned(out / "tuned.safetensors")
     assert not [p for p in out.iterdir() if p.name.startswith(".")]
     assert json.loads((out / "run.json").read_text())["done"] is False
@@ -220,7 +221,8 @@ def test_damaged_state_is_refused(data, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         stopping(m, "Loop.step", 4)
         with pytest.raises(Stop): go(data, out)
-    state, kept = out / "state.safetensors", (out / "state.safetensors").read_bytes()
+    state = out / "state-00000002.safetensors"
+    kept = state.read_bytes()
     note = training.read_note(state)
     model = build_model(config("barleria-noglobal-tiny", **SHORT))
     tensors = full_state(model, optimiser(model, .1))
@@ -229,7 +231,7 @@ def test_damaged_state_is_refused(data, tmp_path, monkeypatch):
         "cut": lambda: state.write_bytes(kept[:-5]), "text": lambda: state.write_text("state"),
         "other format": lambda: write_tensors(state, tensors, {**note, "format": "x"}), "no note": lambda: write_tensors(state, tensors, None),
         "other settings": lambda: write_tensors(state, tensors, {**note, "settings": {}}), "other towers": lambda: write_tensors(state, tensors, {**note, "towers": "0" * 64}),
-        "too far": lambda: write_tensors(state, tensors, {**note, "epochs_done": 99}),
+        "too far": lambda: write_tensors(state, tensors, {**note, "step": 99}), "one bit": lambda: state.write_bytes(kept[:-9] + bytes([kept[-9] ^ 1]) + kept[-8:]),
         "short": lambda: write_tensors(state, tensors, {k: v for k, v in note.items() if k != "rows"}),
         "tensor gone": lambda: write_tensors(state, {n: t for n, t in tensors.items() if n != name}, note),
         "not a number": lambda: write_tensors(state, {**tensors, name: tensors[name] * float("nan")}, note),
@@ -254,6 +256,240 @@ def test_state_round_trip(data, tmp_path):
         assert steps == 0 or x.state_dict()["param_groups"] == y.state_dict()["param_groups"]
 
 
+FINE = dict(epochs=2, batch=4)  # four steps or more in an epoch
+
+
+@pytest.fixture(scope="module")
+def fine(data, tmp_path_factory):
+    "An uninterrupted run with some steps in each epoch."
+    out = tmp_path_factory.mktemp("fine") / "run"
+    card = go(data, out, **FINE)
+    assert card["steps"] >= 8
+    return out
+
+
+@pytest.mark.parametrize("nth,save_steps", [(2, 1), (3, 2), (7, 1), (8, 3)])
+def test_stopped_within_an_epoch(data, fine, tmp_path, monkeypatch, nth, save_steps):
+    "The run goes on from the last state, not from the last epoch; rows, window, statistics and best score are as if nothing had been."
+    out = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", nth)
+        with pytest.raises(Stop): go(data, out, **FINE, save_steps=save_steps)
+    steps, plain = [], Loop.step
+    with monkeypatch.context() as m:
+        m.setattr(Loop, "step", lambda self, parts, k: (steps.append(k), plain(self, parts, k))[1])
+        go(data, out, **FINE, save_steps=save_steps)
+    assert 0 < steps[0] == (nth - 1) // save_steps * save_steps or steps[0] >= nth - save_steps
+    same_run(fine, out)
+
+
+def test_two_states_are_kept_and_the_older_one_serves(data, fine, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", 7)
+        with pytest.raises(Stop): go(data, out, **FINE, save_steps=1)
+    states = sorted(out.glob("state-*"))
+    assert [p.name for p in states] == ["state-00000005.safetensors", "state-00000006.safetensors"]
+    states[1].write_bytes(states[1].read_bytes()[:-3])
+    go(data, out, **FINE, save_steps=1)
+    same_run(fine, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_end(data, fine, tmp_path, monkeypatch, number):
+    "The step is finished, a state saved, one line says how to go on; the handlers are as before."
+    out, plain, before = tmp_path / "run", Loop.step, signal.getsignal(number)
+    def step(self, parts, k):
+        if k == 2: signal.raise_signal(number)
+        return plain(self, parts, k)
+    with monkeypatch.context() as m:
+        m.setattr(Loop, "step", step)
+        assert signal.Signals(number).name in line(lambda: go(data, out, **FINE), "step 3 of", "the same command goes on")
+    assert signal.getsignal(number) is before and [p.name for p in out.glob("state-*")] == ["state-00000003.safetensors"]
+    go(data, out, **FINE)
+    same_run(fine, out)
+
+
+def test_a_second_interrupt_does_not_wait():
+    with pytest.raises(KeyboardInterrupt):
+        with Interrupts():
+            for _ in range(2): signal.raise_signal(signal.SIGINT)
+
+
+ENDLESS = """
+import sys, torch
+from barleria_nb.data import RefSet
+from barleria_nb.model import config
+from barleria_nb.training import train
+torch.set_num_threads(int(sys.argv[3]))
+print("ready", flush=True)
+train(config("barleria-noglobal-tiny", pretrained=False, epochs=2, batch=4, lr=1e-3), RefSet.read(sys.argv[1]), sys.argv[2], val_refs=2, device="cpu", progress=False, save_steps=1)
+"""
+
+@pytest.mark.parametrize("kills", [3, pytest.param(40, marks=pytest.mark.long)])
+def test_killed_at_random_moments(data, folder, fine, tmp_path, kills):
+    "kill -9 at moments that know nothing of steps, some of them within a save; whatever is left, the same command goes on, and in the end all bytes are those of the run that nobody killed."
+    out, rng, states = tmp_path / "run", torch.Generator().manual_seed(kills), set()
+    for _ in range(kills):
+        run = subprocess.Popen([sys.executable, "-c", ENDLESS, str(folder), str(out), str(torch.get_num_threads())], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}, cwd=Path(__file__).parents[1])
+        assert run.stdout.readline() == "ready\n", run.stderr.read()
+        try: run.wait(.2 + 1.8 * torch.rand(1, generator=rng).item())
+        except subprocess.TimeoutExpired: run.kill()
+        run.wait()
+        assert run.returncode in (0, -signal.SIGKILL), run.stderr.read()
+        if out.exists(): states |= {p.name for p in out.glob("state-*")}
+        if run.returncode == 0:
+            same_run(fine, out)
+            shutil.rmtree(out)
+    print(f"{kills} kills, states seen: {sorted(states)}")
+    go(data, out, **FINE)
+    same_run(fine, out)
+
+
+# ---------------------------------------------------------------- what machines do
+
+def poison(monkeypatch, at):
+    "The masks of one step are no numbers."
+    plain = Loop.step
+    def step(self, parts, k):
+        if k == at: parts[0]["mask"] = parts[0]["mask"] * float("nan")
+        return plain(self, parts, k)
+    monkeypatch.setattr(Loop, "step", step)
+
+
+def test_bad_gradient_stops_and_keeps_the_batch(data, tmp_path, monkeypatch):
+    poison(monkeypatch, 1)
+    line(lambda: go(data, tmp_path / "run", **FINE), "gradient", "no longer finite at step 2", "bad-batch-0")
+    note = training.read_note(tmp_path / "run" / "bad-batch-0.safetensors")
+    assert note["step"] == 1 and len(note["refs"]) == len(note["sentences"]) == 4 and set(note["refs"]) <= {r.ref_id for r in data.split("train")}
+
+
+def test_bad_gradient_left_out(data, tmp_path, monkeypatch):
+    "Asked to skip, Adam leaves everything as it is, its count of steps included; the run ends, and says how many it left out."
+    seen, mark = [], Loop.mark
+    poison(monkeypatch, 1)
+    def spy(self, step, items):
+        mark(self, step, items)
+        seen.append({n: t.clone() for n, t in full_state(self.model, self.optimiser).items() if "running" not in n and "num_batches" not in n})
+    monkeypatch.setattr(Loop, "mark", spy)
+    card = go(data, tmp_path / "run", skip=True, **FINE)
+    assert card["done"] and card["left_out"] == 1 and card["settings"]["skip"] is True
+    for n, t in seen[1].items(): assert torch.equal(t, seen[2][n]), n  # before the second and before the third correction
+    assert any(not torch.equal(t, seen[2][n]) for n, t in seen[3].items())
+
+
+@pytest.fixture
+def torn(folder, tmp_path):
+    "The set with one training picture cut short."
+    shutil.copytree(folder, tmp_path / "torn")
+    data = RefSet.read(tmp_path / "torn")
+    ref = data.split("train").refs[0]
+    path = next(p for p in (tmp_path / "torn" / "images").iterdir() if p.name == Path(ref.file_name).name)
+    path.write_bytes(path.read_bytes()[:60])
+    return RefSet.read(tmp_path / "torn"), ref
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_picture(torn, tmp_path, workers):
+    data, ref = torn
+    lost = sorted(r.ref_id for r in data.split("train") if r.image_id == ref.image_id)
+    line(lambda: go(data, tmp_path / "strict", workers=workers, epochs=1), Path(ref.file_name).name)
+    card = go(data, tmp_path / "lenient", workers=workers, epochs=1, batch=len(data.split("train")), unreadable=.5)
+    assert card["done"] and card["unreadable"] == lost
+    line(lambda: go(data, tmp_path / "little", workers=workers, epochs=1, unreadable=.01), "of 18 refs have pictures that cannot be read", "the share of 0.01")
+
+
+def test_a_dead_loading_process(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(RefDataset, "item", lambda self, i: os._exit(3))
+    line(lambda: go(data, tmp_path / "run", workers=1, val=None), "a loading process died", "--workers")
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] data. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")])
+def test_out_of_memory(data, tmp_path, monkeypatch, error):
+    def full(*a): raise error
+    monkeypatch.setattr(training, "train_step", full)
+    line(lambda: go(data, tmp_path / "run"), "out of memory", "--accumulate", "--recompute", "--batch")
+
+
+def test_other_errors_are_not_hidden(data, tmp_path, monkeypatch):
+    def wrong(*a): raise RuntimeError("a real fault")
+    monkeypatch.setattr(training, "train_step", wrong)
+    with pytest.raises(RuntimeError, match="a real fault"): go(data, tmp_path / "run")
+
+
+# ---------------------------------------------------------------- memory, parts, processes
+
+def test_recomputing_changes_no_bit(data, whole, tmp_path):
+    go(data, tmp_path / "run", recompute=True)
+    same_run(whole, tmp_path / "run")
+
+
+def test_parts(data, tmp_path):
+    "Gradients of the parts add up to that of a batch whose batch normalisation sees the same parts; what cannot be cut is refused."
+    loop, one = (Loop(config("frozen-tiny", **SHORT), data.split("train"), accumulate=n) for n in (2, 1))
+    (_, _, _), *_ = loop.epoch(0)
+    grads = {n: p.grad.clone() for n, p in loop.model.named_parameters() if p.requires_grad}
+    one.portions.start(0), one.data.set_epoch(0), one.net.train()
+    batch = one.ready(next(iter(one.loader)))
+    halves = [{k: t[i:i + 4] for k, t in batch.items()} for i in (0, 4)]
+    fresh = build_model(loop.config).train()
+    for part in halves: (train_step(fresh, part)[0] / 2).backward()
+    start = {n: p.grad for n, p in fresh.named_parameters() if p.requires_grad}
+    again = Loop(config("frozen-tiny", **SHORT), data.split("train"), accumulate=2)
+    plain = again.adam.step
+    again.adam.step = lambda: None
+    next(again.epoch(0))
+    for n, g in start.items(): assert torch.allclose(g, again.model.get_parameter(n).grad, atol=1e-7), n
+    assert go(data, tmp_path / "run", accumulate=2, epochs=1)["settings"]["accumulate"] == 2
+    line(lambda: go(data, tmp_path / "odd", accumulate=3), "multiple of 3")
+
+
+LAUNCHED = """
+import json, sys, torch
+from barleria_nb.data import RefSet
+from barleria_nb.model import config
+from barleria_nb.training import train, accelerator
+from barleria_nb.metrics import evaluate
+from barleria_nb.model import build_model
+torch.set_num_threads(1)
+data, out, name = RefSet.read(sys.argv[1]), sys.argv[2], sys.argv[3]
+if name == "evaluate":
+    a = accelerator("no", torch.device("cpu"))
+    torch.manual_seed(0)
+    model = build_model(config("snf-tiny", pretrained=False))
+    scores = evaluate(model, data, size=64, batch=4, threshold=.04, progress=False, shared=a.num_processes > 1)
+    open(f"{out}-{a.process_index}", "w").write(json.dumps(scores.records))
+else: train(config(name, pretrained=False, epochs=2, batch=8, lr=1e-4), data, out, val_refs=3, device="cpu", progress=False)
+"""
+
+def launched(folder, out, name, processes, tmp_path):
+    (tmp_path / "launched.py").write_text(LAUNCHED)
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    done = subprocess.run([sys.executable, *start, str(tmp_path / "launched.py"), str(folder), str(out), name], capture_output=True, text=True, cwd=Path(__file__).parents[1],
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", ["barleria-tiny", pytest.param("dcris-ta-tiny", marks=pytest.mark.long), pytest.param("snf+etris-tiny", marks=pytest.mark.long), pytest.param("lora-tiny", marks=pytest.mark.long)])
+def test_two_processes_are_one(folder, tmp_path, name):
+    """The same rows within a thousandth, and the same numbers within what Adam makes of rounding: where a gradient is as small as its rounding error, Adam's step is as large as any.
+    So most numbers agree to a thousandth of what they moved, and none is off by more than all steps together."""
+    for n in (1, 2): launched(folder, tmp_path / f"run{n}", name, n, tmp_path)
+    (a, rows), (b, others) = ((load_bytes((tmp_path / f"run{n}" / "tuned.safetensors").read_bytes()), [json.loads(l) for l in (tmp_path / f"run{n}" / "log.jsonl").read_text().splitlines()]) for n in (1, 2))
+    assert [r.get("loss", 0) for r in rows] == pytest.approx([r.get("loss", 0) for r in others], rel=1e-3) and a.keys() == b.keys()
+    far = torch.cat([(a[n] - b[n]).abs().flatten().double() for n in a if a[n].is_floating_point()])
+    assert far.quantile(.9) < 1e-5 and far.median() < 1e-6 and far.max() < 4 * 4e-4, (far.quantile(.9), far.max())
+    assert json.loads((tmp_path / "run2" / "run.json").read_text())["processes"] == 2 and sorted(os.listdir(tmp_path / "run1")) == sorted(os.listdir(tmp_path / "run2"))
+
+
+def test_scores_are_the_same_for_one_two_and_three_processes(folder, tmp_path):
+    for n in (1, 2, 3): launched(folder, tmp_path / f"scores{n}", "evaluate", n, tmp_path)
+    texts = {p.read_text() for p in tmp_path.glob("scores*-*")}
+    assert len(list(tmp_path.glob("scores*-*"))) == 6 and len(texts) == 1 and len(json.loads(texts.pop())) > 20
+
+
 # ---------------------------------------------------------------- scores, losses, precision
 
 def test_the_first_of_the_best_epochs_is_kept(data, tmp_path, monkeypatch):
@@ -264,7 +500,7 @@ def test_the_first_of_the_best_epochs_is_kept(data, tmp_path, monkeypatch):
 
 def test_non_finite_loss_stops(data, tmp_path):
     line(lambda: go(data, tmp_path / "run", lr=1e30), "no longer finite", "lower --lr")
-    assert os.listdir(tmp_path / "run") == ["run.json"]
+    assert sorted(os.listdir(tmp_path / "run")) == ["bad-batch-0.safetensors", "run.json"]
 
 
 def test_weights_lost_at_the_last_step_are_not_saved(data, tmp_path, monkeypatch):
@@ -277,7 +513,7 @@ def test_weights_lost_at_the_last_step_are_not_saved(data, tmp_path, monkeypatch
         return answer
     monkeypatch.setattr(Loop, "step", step)
     line(lambda: go(data, tmp_path / "run", val=None), "after epoch 2")
-    assert training.read_note(tmp_path / "run" / "state.safetensors")["epochs_done"] == 1
+    assert training.read_note(tmp_path / "run" / "state-00000002.safetensors")["step"] == 2
     load_tuned(tmp_path / "run" / "tuned.safetensors")
 
 
@@ -285,11 +521,6 @@ def test_precision(data, tmp_path):
     assert go(data, tmp_path / "run", precision="bf16", epochs=1)["done"]
     line(lambda: accelerator("fp16", CPU), "needs a GPU")
     line(lambda: accelerator("half", CPU), "is unknown")
-
-
-def test_several_processes_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    line(lambda: accelerator("no", CPU), "one process")
 
 
 def test_too_many_words(data, tmp_path):
@@ -330,6 +561,24 @@ def test_order_has_no_past():
     b.set_epoch(4)
     assert list(a) == list(b) and sorted(a) == list(range(50))
     assert list(EpochOrder(50, 2)) != list(EpochOrder(50, 1))
+
+
+@pytest.mark.parametrize("world,parts", [(1, 1), (2, 1), (1, 3), (2, 3), (3, 2)])
+def test_portions_make_up_the_batches(world, parts):
+    "Whatever the number of processes and parts, each step has the same items in the same order; an epoch begun in the middle has what is left."
+    whole = [list(p) for p in Portions(EpochOrder(50, 3), 12)]
+    assert len(whole) == 4
+    for first in (0, 2):
+        shares = []
+        for rank in range(world):
+            p = Portions(EpochOrder(50, 3), 12, rank, world, parts)
+            p.start(0, first)
+            mine = list(p)
+            assert len(mine) == len(p) == (4 - first) * parts
+            shares.append([sum(mine[k * parts:(k + 1) * parts], []) for k in range(4 - first)])
+        assert [sum(step, []) for step in zip(*shares)] == whole[first:]
+    line(lambda: Portions(EpochOrder(50, 3), 13, 0, 2), "multiple of 2")
+    line(lambda: Portions(EpochOrder(50, 3), 12, 0, 1, 0), "--batch")
 
 
 def test_control_gives_every_ref_the_sentences_of_another(data):
