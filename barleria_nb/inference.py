@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SIDE', 'ROWS', 'picture', 'Result', 'tuned_file', 'Segmenter', 'Row', 'chosen', 'overlay_rows', 'overlay_figure',
-           'save_figure', 'save_overlays', 'without_each', 'slug', 'save_masks', 'read_log', 'curve_figure']
+           'save_figure', 'save_overlays', 'without_each', 'slug', 'save_masks', 'read_log', 'curve_figure',
+           'runs_figure']
 
 # %% ../nbs/15_inference.ipynb #be1b3206
 import json, re, textwrap, unicodedata
@@ -304,4 +305,16 @@ def curve_figure(
         ax.plot(*zip(*points), marker=".", lw=1) if points else ax.text(.5, .5, "not in the log", ha="center", transform=ax.transAxes)
         ax.set(xlabel="step", ylabel=label, ylim=(0, None)), ax.grid(alpha=.3)
     fig.suptitle(title, fontsize=9)
+    return fig
+
+
+def runs_figure(
+    logs:dict, # name of a run -> its rows, from `read_log`
+)->Figure: # loss | validation mIoU of all of them
+    "Draw runs side by side."
+    fig = Figure(figsize=(9, 3), layout="constrained")
+    for ax, key, label in zip(fig.subplots(1, 2), ("loss", "val_mIoU"), ("training loss", "validation mIoU")):
+        for name, rows in logs.items(): ax.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], marker=".", lw=1, label=name)
+        ax.set(xlabel="step", ylabel=label, ylim=(0, None)), ax.grid(alpha=.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     return fig

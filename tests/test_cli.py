@@ -130,6 +130,22 @@ def test_params_of_all_configurations(capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(model.configurations())
 
 
+def test_runs_side_by_side(shop, tmp_path, capsys):
+    assert run("barleria_runs", shop.run.parent, "--plot", tmp_path / "runs.png") == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.startswith("run ") and any(NAME in r and " % " in r for r in rows) and (tmp_path / "runs.png").read_bytes()[:4] == b"\x89PNG"
+    assert run("barleria_runs", shop.run.parent, "--json") == 0
+    assert any(r["folder"] == str(shop.run) and r["done"] for r in json.loads(capsys.readouterr().out))
+    assert run("barleria_runs", tmp_path / "empty") == 1
+    assert "no runs under" in capsys.readouterr().err
+
+
+def test_other_processes_are_quiet(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    assert run("barleria_params snf-tiny") == 0 and not capsys.readouterr().out
+    assert run("barleria_params snf-tyni") == 1 and "Did you mean" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------------------------- what goes wrong
 def damaged(shop, folder, how):
     "A copy of the tuned model, damaged."
@@ -228,7 +244,7 @@ def test_a_stopped_training_goes_on(shop, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(training, "train_step", interrupted)
         assert run("barleria_train", *shop.words, "--out", tmp_path / "run") == 1
-    assert error_lines(capsys.readouterr().err)[-1] == "barleria_train: stopped; the same command goes on after the last finished epoch."
+    assert error_lines(capsys.readouterr().err)[-1] == "barleria_train: stopped; the same command goes on from the last saved state."
     assert run("barleria_train", *shop.words, "--out", tmp_path / "run") == 0
     assert "epoch 1/2" not in capsys.readouterr().out
     losses = lambda folder: [r["loss"] for r in inference.read_log(folder) if "loss" in r]

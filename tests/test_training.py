@@ -419,6 +419,35 @@ def test_other_errors_are_not_hidden(data, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="a real fault"): go(data, tmp_path / "run")
 
 
+# ---------------------------------------------------------------- loggers
+
+def test_a_logger_gets_the_rows_too(data, tmp_path, monkeypatch):
+    "Through Accelerate's own table; the run's files are the same ones with and without."
+    seen = []
+    class Fake:
+        requires_logging_directory = True
+        def __init__(self, name, logging_dir): seen.append((name, logging_dir))
+        def start(self): seen.append("started")
+        def store_init_configuration(self, settings): seen.append(settings)
+        def log(self, values, step): seen.append((step, values))
+        def finish(self): seen.append("finished")
+    monkeypatch.setitem(training.LOGGER_TYPE_TO_CLASS, "tensorboard", Fake)
+    told = []
+    go(data, tmp_path / "run", logger="tensorboard", tell=told.append)
+    rows = [json.loads(l) for l in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert seen[:2] == [("run", tmp_path / "run"), "started"] and seen[-1] == "finished" and told == rows
+    assert all(isinstance(v, (int, float, str, bool)) for v in seen[2].values()) and seen[2]["seed"] == 0
+    assert [dict(v, step=s) for s, v in seen[3:-1]] == [dict(r) for r in rows]
+
+
+def test_a_logger_that_is_not_there(data, tmp_path, monkeypatch):
+    def missing(*a, **k): raise ImportError("no such thing")
+    monkeypatch.setitem(training.LOGGER_TYPE_TO_CLASS, "wandb", type("W", (), dict(requires_logging_directory=False, __new__=missing)))
+    line(lambda: go(data, tmp_path / "run", logger="wandb"), "wandb is not installed", "without --logger")
+    line(lambda: go(data, tmp_path / "run", logger="wnadb"), "Did you mean wandb")
+    assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- memory, parts, processes
 
 def test_recomputing_changes_no_bit(data, whole, tmp_path):
