@@ -351,19 +351,20 @@ class Letterbox:
         return out
 
     def inverse(self,
-        prob:Tensor, # (h', w') values on the output grid, whose sample j lies on pixel j · stride of the square
+        prob:Tensor, # (h', w') or (B, h', w') values on the output grid, whose sample j lies on pixel j · stride of the square
         stride:float|None=None, # pixels of the square per sample; size / w' by default
-    )->Tensor: # (height, width), in at least 32 bits
+    )->Tensor: # (height, width) or (B, height, width), in at least 32 bits
         "Bring a result back to the image's own pixels in one bilinear step."
-        if prob.ndim != 2: raise BarleriaError(f"a grid of shape {tuple(prob.shape)} cannot be brought back; give (h', w'), one sample at a time.")
-        prob, (h, w) = prob.to(torch.promote_types(prob.dtype, torch.float32)), prob.shape # half precision cannot even count the pixels of a large image
+        if prob.ndim not in (2, 3): raise BarleriaError(f"a grid of shape {tuple(prob.shape)} cannot be brought back; give (h', w') or (B, h', w').")
+        prob, (h, w), one = prob.to(torch.promote_types(prob.dtype, torch.float32)), prob.shape[-2:], prob.ndim == 2 # half precision cannot even count the pixels of a large image
         stride = stride or self.size / w
         def line(n, fitted, offset, samples): # where the n pixels lie on the grid, −1 = first sample, 1 = last
             x = fitted / n * (torch.arange(n, dtype=prob.dtype, device=prob.device) + .5) + offset - .5
             return 2 * x / stride / max(samples - 1, 1) - 1
         y, x = line(self.height, self.nh, self.top, h), line(self.width, self.nw, self.left, w)
-        grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)
-        return F.grid_sample(prob[None, None], grid[None], mode="bilinear", padding_mode="border", align_corners=True)[0, 0]
+        grid, prob = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1), prob[None] if one else prob
+        back = F.grid_sample(prob[:, None], grid.expand(len(prob), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True)[:, 0]
+        return back[0] if one else back
 
 # %% ../nbs/01_data.ipynb #4d00c97d
 START, END = 49406, 49407 # CLIP's ids for the start and the end of a text

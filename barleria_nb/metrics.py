@@ -153,6 +153,21 @@ def _answers(model, batch, device):
     return logits[:, 0].float().sigmoid()
 
 # %% ../nbs/13_metrics.ipynb #c083bbe7
+def _alike(refs, pixels=2**24):
+    "Rows of refs whose images have one size, no more of them at a time than fit into so many pixels."
+    sizes = {}
+    for k, ref in enumerate(refs): sizes.setdefault((ref.height, ref.width), []).append(k)
+    for (h, w), rows in sizes.items():
+        step = max(1, pixels // (h * w))
+        yield from (rows[k:k + step] for k in range(0, len(rows), step))
+
+
+def _counted(masks, truths):
+    "Intersections and unions of (B, H, W) boolean masks, as whole numbers; the device is asked once."
+    both = torch.stack([(masks & truths).flatten(1).sum(1), (masks | truths).flatten(1).sum(1)], 1)
+    return both.tolist()
+
+
 def _portions(n, batch, shared):
     "This process' batches: all of them, or every n-th."
     rank, world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
@@ -191,10 +206,12 @@ def evaluate(
     try:
         with torch.inference_mode():
             for part in tqdm(DataLoader(data, batch_sampler=_portions(len(data), batch, shared), collate_fn=collate), "evaluate", disable=not progress, leave=False):
-                for i, prob in zip(part["index"].tolist(), _answers(model, part, device)):
-                    ref, sentence = data.pair(i)
-                    mask = Letterbox(ref.height, ref.width, size).inverse(prob) > threshold
-                    scores.add(sentence.sent_id, *counts(mask.cpu(), refset.mask(ref)))
+                answers, pairs = _answers(model, part, device), [data.pair(i) for i in part["index"].tolist()]
+                for rows in _alike([ref for ref, _ in pairs]):
+                    ref = pairs[rows[0]][0]
+                    masks = Letterbox(ref.height, ref.width, size).inverse(answers[rows]) > threshold
+                    truths = torch.from_numpy(np.stack([refset.mask(pairs[k][0]) for k in rows])).to(masks)
+                    for k, pair in zip(rows, _counted(masks, truths)): scores.add(pairs[k][1].sent_id, *pair)
     finally:
         if was_training: model.train()
     return _gathered(scores) if shared else scores

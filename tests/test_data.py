@@ -435,7 +435,7 @@ def test_half_precision_comes_back_in_place():
 
 def test_letterbox_refuses():
     for image in (np.full((4, 4, 3), .5), np.zeros((4, 4), np.uint8), np.zeros((4, 4, 4), np.uint8)): line(lambda: Letterbox(4, 4, 4).image(image), "uint8 (H, W, 3)")
-    line(lambda: Letterbox(4, 4, 4).inverse(torch.ones(1, 4, 4)), "one sample")
+    line(lambda: Letterbox(4, 4, 4).inverse(torch.ones(1, 1, 4, 4)), "(B, h', w')")
     line(lambda: Letterbox(0, 5, 32), "0×5")
     line(lambda: Letterbox(5, 5, 32).image(np.zeros((6, 5, 3), np.uint8)), "5×5")
 
@@ -539,3 +539,10 @@ def test_atomic_refuses(tmp_path):
         with atomic(tmp_path / "b"): pass
     line(forgotten, "nothing was written")
     assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("size", [(128, 128), (97, 31), (3, 400)])
+def test_many_are_brought_back_as_each_alone(size):
+    box, prob = Letterbox(*size, 64), torch.rand(5, 16, 16, generator=torch.Generator().manual_seed(0))
+    together = box.inverse(prob)
+    assert together.shape == (5, *size) and all(torch.equal(a, box.inverse(p)) for a, p in zip(together, prob))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from barleria_nb.core import BarleriaError
 from barleria_nb.data import Letterbox, RefSet, decode_mask
-from barleria_nb.metrics import (Scores, above, counts, evaluate, grid_ceiling, iou, largest_object_baseline, mean_iou, overall_iou, precision_at,
+from barleria_nb.metrics import (_alike, _counted, Scores, above, counts, evaluate, grid_ceiling, iou, largest_object_baseline, mean_iou, overall_iou, precision_at,
                                  random_object_baseline)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -285,3 +285,13 @@ def test_published_predictions_get_their_published_iou():
         pred = decode_mask(record["segmentation"], ref.height, ref.width)
         published = next(v for k, v in record.items() if "iou" in k.lower())
         assert iou(*counts(pred, refset.mask(ref))) == pytest.approx(published, abs=.005), record["ref_id"]
+
+
+def test_groups_of_one_size_and_a_bounded_number_of_pixels():
+    class R:
+        def __init__(self, h, w): self.height, self.width = h, w
+    refs = [R(4, 5), R(5, 4), R(4, 5), R(4, 5), R(9, 9)]
+    assert list(_alike(refs)) == [[0, 2, 3], [1], [4]] and list(_alike(refs, 40)) == [[0, 2], [3], [1], [4]]
+    g = torch.Generator().manual_seed(1)
+    a, b = (torch.rand(6, 7, 9, generator=g) > .5 for _ in range(2))
+    assert [tuple(p) for p in _counted(a, b)] == [counts(x, y) for x, y in zip(a, b)]
