@@ -10,10 +10,13 @@ __all__ = ['TUNERS', 'FLOWS', 'BRIDGE', 'LOCAL', 'METHODS', 'GLOBAL', 'LAYERS', 
            'read_about', 'stored_config', 'load_tuned', 'put_tuned']
 
 # %% ../nbs/12_model.ipynb #d2a903c2
-import hashlib, json, math, re
+import hashlib, json, math, re, warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from inspect import Parameter, formatannotation, signature
 from pathlib import Path
+from types import UnionType
+from typing import get_args, get_origin
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -66,7 +69,7 @@ METHODS = {
     "compacter": (("compacter", dict(width=384, n=4, rank=16)),),
     "lora": (("lora", dict(rank=16)),),
     "etris": (BRIDGE,),
-    "etris-64": (("bridger", dict(width=64, heads=8)),),
+    "etris-64": (("bridger", dict(width=64, heads=8)),), # as ETRIS's code was released; both papers count the width above
     "snf": (FLOWS,),
     "snf+etris": (FLOWS, BRIDGE),
     "barleria-noglobal": LOCAL,
@@ -157,13 +160,46 @@ class Config:
             if type(v := getattr(self, k)) not in (int, float) or not low < v < high: raise BarleriaError(f"{k} is {str(v)[:40]!r}; give a number {'above 0' if k == 'lr' else 'from 0 to 1'}.")
         if type(self.pretrained) is not bool: raise BarleriaError(f"pretrained is {str(self.pretrained)[:40]!r}; give True or False.")
         if self.gst is not None and not _settings_of_gst(self.gst):
-            raise BarleriaError(f"gst is {str(self.gst)[:80]!r}; give a dictionary of positive whole numbers for {', '.join(PUBLISHED['gst'])}, or None.")
+            raise BarleriaError(f"gst is {_shown(self.gst)}; give a dictionary of positive whole numbers for {', '.join(PUBLISHED['gst'])}, or None.")
+        if type(self.name) is not str: raise BarleriaError(f"name is {_shown(self.name)}; give a text.")
+        if self.backbone not in list(BACKBONES): raise BarleriaError(f"no backbone {_shown(self.backbone)}; there is {', '.join(BACKBONES)}.{near(str(self.backbone)[:60], BACKBONES)}")
+        _check_arguments("head", Head, self.head)
+        if not isinstance(self.tuners, (tuple, list)) or not all(isinstance(t, (tuple, list)) and len(t) == 2 for t in self.tuners):
+            raise BarleriaError(f"tuners is {_shown(self.tuners)}; give a list of pairs (kind, arguments), such as (('snf', dict(length=4)),).")
+        for kind, arguments in self.tuners:
+            if kind not in list(TUNERS): raise BarleriaError(f"no tuner {_shown(kind)}; there is {', '.join(TUNERS)}.{near(str(kind)[:60], TUNERS)}")
+            _check_arguments(kind, TUNERS[kind], arguments)
+
+
+def _shown(x): return " ".join(repr(x).split())[:80]
 
 
 def _settings_of_gst(gst):
     "Is this what `GST` can be built from? It may do without queries."
     if type(gst) is not dict or set(gst) != set(PUBLISHED["gst"]): return False
-    return all(type(v) is int and v >= (name != "queries") for name, v in gst.items())
+    return all(type(v) is int and (name != "queries") <= v <= 10**6 for name, v in gst.items())
+
+
+def _check_arguments(what, make, given):
+    "Refuse arguments that `make` does not know by name, or whose value is of another type than its signature says. What has no default is not a row's to give."
+    if type(given) is not dict: raise BarleriaError(f"{what} has the arguments {_shown(given)}; give a dictionary.")
+    known = {k: p for k, p in signature(make).parameters.items() if p.default is not Parameter.empty and k != "side"} # that one is GST's width
+    for k, v in given.items():
+        if k not in known: raise BarleriaError(f"{what} has no argument {_shown(k)}; it has {', '.join(known) or 'none'}.{near(str(k)[:60], known)}")
+        kind, default, share = known[k].annotation, known[k].default, k in ("dropout", "prior") # no pixel can start at a prior of 0
+        if not _fits(v, kind) or share and v is not None and not (k == "prior") * 1e-6 <= v < 1:
+            wanted = "block numbers" if kind is Parameter.empty else formatannotation(kind) + " below 1" * share
+            raise BarleriaError(f"{k} of {what} is {_shown(v)}; give {wanted}, such as {default!r}.")
+
+
+def _fits(v, kind):
+    "Does a value fit an annotation? Whole numbers are sizes, from one on; what has no annotation is a block's number, or some."
+    if isinstance(kind, UnionType): return any(_fits(v, k) for k in get_args(kind))
+    if get_origin(kind) is tuple: return isinstance(v, (tuple, list, str)) and all(_fits(x, get_args(kind)[0]) for x in v) # a single name may stand alone
+    if kind is int: return type(v) is int and 1 <= v <= 10**6
+    if kind is float: return type(v) in (int, float) and math.isfinite(v)
+    if kind is Parameter.empty: return v is None or all(type(i) is int for i in (v if isinstance(v, (tuple, list)) else [v]))
+    return type(v) is kind
 
 # %% ../nbs/12_model.ipynb #8a91c49e
 def configurations()->list: # names, every method on all its towers
@@ -183,6 +219,7 @@ def config(
     **changes, # fields of `Config` to set otherwise: epochs, batch, lr, words …
 )->Config: # a `BarleriaError` suggests near names for an unknown one
     "Look up a configuration by name."
+    if type(train_positions) is not bool: raise BarleriaError(f"train_positions is {_shown(train_positions)}; give True or False.")
     if name not in configurations(): raise BarleriaError(f"no configuration {str(name)[:60]!r}; `barleria_params` lists them all.{near(str(name)[:60], configurations())}")
     known = [f.name for f in fields(Config)]
     for k in changes.keys() - set(known): raise BarleriaError(f"a configuration has no '{k}'; it has {', '.join(known)}.{near(k, known)}")
@@ -225,10 +262,12 @@ class RISModel(nn.Module):
 
 # %% ../nbs/12_model.ipynb #57a34da4
 def build_model(
-    config:Config, # from `config(name)`
-    seed:int=0, # of the numbers that train; random frozen towers are the same for every seed
+    config:Config, # from `config(name)`, else a `BarleriaError`
+    seed:int=0, # of the numbers that train, 0 or more; random frozen towers are the same for every seed
 )->RISModel: # on the CPU, in training mode
     "Build a model: frozen towers, tuners, head."
+    _is_config(config)
+    if type(seed) is not int or not 0 <= seed < 2**63: raise BarleriaError(f"seed is {_shown(seed)}; give a whole number from 0 to below 2**63.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         towers = build_encoder(config.backbone, pretrained=config.pretrained)
@@ -238,6 +277,11 @@ def build_model(
         head = Head(encoder.dims, encoder.text.width, encoder.joint, **config.head, side=config.gst and config.gst["dim"])
         prior, gst = _beside(encoder, config.gst) if config.gst else (None, None)
     return RISModel(encoder, head, config, prior, gst)
+
+
+def _is_config(c):
+    "A name is not enough: which of its settings would be meant?"
+    if not isinstance(c, Config): raise BarleriaError(f"{_shown(c)} is no configuration; give one that `config` made, such as config('snf-tiny').")
 
 
 def _beside(encoder, gst):
@@ -264,7 +308,9 @@ def ledger(
 )->dict: # part -> numbers
     """Count what trains, part by part, without making the weights: `backbone` (the papers' column, the global network included), its `parts`,
     the position tables where they train beside it, the prior's map where a tower needs one, the head as it is (`head`) and as published with
-    its dead weights (`head_published`), and all of the towers."""
+    its dead weights (`head_published`), where there is a global network both with the map that lets it in,
+    all of the towers, and the backbone's `share` of them."""
+    _is_config(config)
     with torch.device("meta"): model = build_model(replace(config, pretrained=False))
     encoder, full = model.encoder, any(kind == "full" for kind, _ in config.tuners)
     tables = () if full else (encoder.visual.positions, encoder.text.positions)
@@ -318,8 +364,12 @@ def save_tuned(
     path, # a .safetensors file to write
     extra:dict|None=None, # JSON values to keep beside the configuration: scores, data, seed …
 ):
-    "Write what was tuned, the configuration and the towers' fingerprint."
-    write_tensors(path, tuned_state(model), dict(format=FORMAT, config=asdict(model.config), towers=towers_hash(model), extra=extra or {}))
+    "Write what was tuned, the configuration and the towers' fingerprint. Warns when the configuration is one of your own, which `load_tuned` will not build from a file."
+    config = json.loads(json.dumps(asdict(model.config)))
+    try: wrong = _as_named(config)[1]
+    except BarleriaError: wrong = ["name"]
+    if wrong: warnings.warn(f"{model.config.name!r} is a configuration of your own ({', '.join(wrong)}): `load_tuned` will refuse {path}; build the model from the same configuration and use `put_tuned`.", stacklevel=2)
+    write_tensors(path, tuned_state(model), dict(format=FORMAT, config=config, towers=towers_hash(model), extra=extra or {}))
 
 # %% ../nbs/12_model.ipynb #c2fd70cb
 HEADER = 2**24 # bytes; a longer header is refused unread
@@ -383,16 +433,19 @@ def stored_config(
     path, # of the file, for messages
 )->Config: # the configuration it was made with
     "Rebuild the stored configuration from its name, and insist that it is this library's."
-    stored = about["config"]
-    try:
-        positions = any(kind == "positions" for kind, _ in stored["tuners"])
-        ours = config(stored["name"], positions, **{k: stored[k] for k in FREE})
+    try: ours, wrong = _as_named(about["config"])
     except BarleriaError as e: raise BarleriaError(f"{path}: {e}") from e
     except (KeyError, TypeError, ValueError) as e: raise BarleriaError(f"{path}: its configuration cannot be read; train again.") from e
-    here = json.loads(json.dumps(asdict(ours)))
-    wrong = sorted(k for k in here.keys() | stored.keys() if here.get(k, path) != stored.get(k, path))
-    if wrong: raise BarleriaError(f"{path}: '{ours.name}' was another configuration when it was saved ({', '.join(w[:20] for w in wrong[:3])} differ); train again.")
+    if wrong: raise BarleriaError(f"{path}: '{ours.name}' was another configuration when it was saved ({', '.join(w[:20] for w in wrong[:3])} differ); train again, or build that one yourself and use `put_tuned`.")
     return ours
+
+
+def _as_named(stored):
+    "The configuration that a stored one names, and the fields in which the two differ."
+    positions = any(kind == "positions" for kind, _ in stored["tuners"])
+    ours, missing = config(stored["name"], positions, **{k: stored[k] for k in FREE}), object()
+    here = json.loads(json.dumps(asdict(ours)))
+    return ours, sorted(k for k in here.keys() | stored.keys() if here.get(k, missing) != stored.get(k, missing))
 
 # %% ../nbs/12_model.ipynb #9ac565b6
 def load_tuned(

@@ -25,7 +25,7 @@ KNOWN = dict(paper=("barleria", "dcris", "authors", "here"), metric=("mIoU", "oI
 class PaperRow:
     "One number of a results table; a `BarleriaError` when it cannot be one."
     method:str # as printed, without marks such as † and *
-    dataset:str # refcoco, refcoco+, refcocog, or all (of an average)
+    dataset:str # refcoco, refcoco+, refcocog (the papers' G-Ref), or all (of an average)
     split:str # val, testA, testB; of G-Ref val(u), test(u), val(g); or average
     value:float|None # per cent; None where the cell is lost
     metric:str # mIoU, oIoU or unknown
@@ -43,6 +43,8 @@ class PaperRow:
     note:str="" # what else to know
 
     def __post_init__(self):
+        for f in fields(self):
+            if f.type in (str, int, bool) and type(got := getattr(self, f.name)) is not f.type: raise BarleriaError(f"{f.name} is {str(got)[:40]!r}; give {f.type.__name__}.")
         for name, known in KNOWN.items():
             if (got := getattr(self, name)) not in known: raise BarleriaError(f"{name} is {str(got)[:40]!r}; give one of {', '.join(known)}.{near(str(got)[:40], known)}")
         if (self.value is None) != (self.how == "lost"): raise BarleriaError(f"{self.method[:40]!r} on {self.dataset[:20]!r}: a lost cell has no value, every other has one.")
@@ -76,7 +78,7 @@ def paper_rows(
         wanted = list(wanted) if isinstance(wanted, (list, tuple, set)) else [wanted]
         known = list(dict.fromkeys(getattr(r, name) for r in every))
         for w in wanted:
-            if w not in known: raise BarleriaError(f"no {name} {str(w)[:60]!r} in the papers' tables; there is {', '.join(map(str, known[:8]))}{' …' if known[8:] else '.'}{near(str(w)[:60], known)}")
+            if w not in known: raise BarleriaError(f"no {name} {' '.join(repr(w).split())[:60]} in the papers' tables; there is {', '.join(map(str, known[:8]))}{' …' if known[8:] else '.'}{near(str(w)[:60], known) if isinstance(w, str) else ''}")
         rows = [r for r in rows if getattr(r, name) in wanted]
     return list(rows)
 

@@ -1,14 +1,15 @@
 "Configurations, and files of tuned numbers, hostile ones too; what every method must keep is in test_contracts.py."
 import json
 import struct
-from dataclasses import asdict
+import warnings
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
-from barleria_nb.model import (BACKBONES, TYPES, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
+from barleria_nb.model import (BACKBONES, TYPES, Config, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
                                save_tuned, towers_hash, tuned_state)
 from common import line
 
@@ -54,6 +55,42 @@ def test_configurations_are_json_and_come_back():
 def test_settings_are_checked(changes): line(lambda: config("snf-tiny", **changes), *changes)
 
 
+@pytest.mark.parametrize("tuners, words", [
+    (None, ["list of pairs"]), ("snf", ["list of pairs"]), ([("snf",)], ["list of pairs"]), ({"snf": {}}, ["list of pairs"]), ([("sfn", {})], ["Did you mean snf"]), ([(None, {})], ["no tuner None"]), ([(["snf"], {})], ["no tuner"]),
+    ([("snf", None)], ["dictionary"]), ([("snf", dict(tower=("text",)))], ["Did you mean towers"]), ([("snf", {1: 2})], ["no argument 1"]), ([("snf", dict(self=1))], ["no argument"]), ([("full", dict(x=1))], ["it has none"]),
+    ([("snf", dict(towers=5))], ["towers of snf is 5"]), ([("snf", dict(length="4"))], ["give int, such as 4"]), ([("snf", dict(length=0))], ["length"]), ([("intertwine", dict(width=2.5))], ["2.5"]), ([("bridger", dict(heads=True))], ["True"]),
+    ([("lora", dict(alpha=float("nan")))], ["alpha"]), ([("densecross", dict(positions="ab"))], ["block numbers"]), ([("densecross", dict(positions=range(3)))], ["block numbers"]), ([("densecross", dict(branches=3))], ["branches"]),
+    ([("densecross", dict(dropout=7))], ["below 1"]), ([("textadapter", dict(scale=None))], ["scale"]), ([("snf", dict(length="x" * 9000 + "\n"))], ["length"])])
+def test_tuners_are_checked_by_signature(tuners, words): line(lambda: config("snf-tiny", tuners=tuners), *words)
+
+
+@pytest.mark.parametrize("head", [None, 3, "wide", [], dict(wide=1), dict(width="96"), dict(width=0), dict(width=96.), dict(heads=-1), dict(ffn=True), dict(layers=0), dict(width=10**30), dict(dropout=2), dict(dropout="x"),
+    dict(prior=0), dict(prior=1.5), dict(prior=float("nan")), dict(residual="no"), dict(side=48), dict(dims=(1, 2, 3)), {3: 4}])
+def test_head_is_checked_by_signature(head): line(lambda: config("snf-tiny", head=head))
+
+
+def test_what_signatures_allow_is_built():
+    "Arguments that no row uses, one name alone, and lists as JSON makes them."
+    for tuners in ([["snf", {"towers": ["text"], "length": 2, "form": "hadamard"}]], [("adapter", dict(width=8, parts="attn", at=2))], [("lora", dict(rank=2, visual="q", alpha=4))], [("textadapter", dict(positions=[0, 5], normed=True))]):
+        assert build_model(tiny("snf-tiny", tuners=tuners, head=dict(width=32, heads=2, ffn=16, layers=1, dropout=0, prior=None))).head.decoder.norm.weight.numel() == 32
+
+
+@pytest.mark.parametrize("wrong", [dict(name=3), dict(backbone="tinny"), dict(backbone=["tiny"]), dict(backbone=None)])
+def test_a_configuration_of_ones_own_is_checked(wrong): line(lambda: Config(**{**dict(name="mine", backbone="tiny"), **wrong}), *wrong)
+
+
+@pytest.mark.parametrize("make", [build_model, ledger])
+@pytest.mark.parametrize("wrong", ["snf-tiny", None, 3, {}, Config])
+def test_a_name_is_no_configuration(make, wrong): line(lambda: make(wrong), "no configuration")
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "0", None, 2**70, True])
+def test_seeds_are_checked(seed): line(lambda: build_model(tiny("snf-tiny"), seed), "seed")
+
+
+def test_positions_are_a_switch(): line(lambda: config("snf-tiny", 22), "train_positions")
+
+
 def test_which_towers_a_name_means():
     "-l14 is CLIP's for BarLeRIa and its rivals, DINOv2's for DCRIS."
     found = {n: config(n).backbone for n in configurations()}
@@ -93,6 +130,24 @@ def test_forgotten_statistics_would_show():
     other = build_model(model.config).eval()
     other.load_state_dict({n: t for n, t in tuned_state(model).items() if "running" not in n}, strict=False)
     with torch.no_grad(): assert (model(*batch()[:3]) - other(*batch()[:3])).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("own", [dict(name="mine"), dict(head=dict(width=48, heads=3, ffn=48)), dict(tuners=(("snf", dict(towers=("text",))),))])
+def test_a_configuration_of_ones_own_warns_and_comes_back(own, tmp_path):
+    "Saved with a warning, refused by name, and read into a model that was built from it."
+    file, model = tmp_path / "own.safetensors", build_model(replace(tiny("snf-tiny"), **own), 3)
+    with pytest.warns(UserWarning, match="put_tuned"): save_tuned(model, file)
+    line(lambda: load_tuned(file), str(file))
+    other = build_model(model.config, 4)
+    put_tuned(other, file)
+    for n, t in model.state_dict().items(): assert torch.equal(other.state_dict()[n], t), n
+
+
+def test_a_configuration_of_ours_does_not_warn(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_tuned(build_model(config("snf-tiny", True, pretrained=False, words=22, lr=1e-2)), tmp_path / "ours.safetensors")
+        load_tuned(tmp_path / "ours.safetensors")
 
 
 @pytest.fixture(scope="module")

@@ -132,11 +132,13 @@ def test_filters():
 
 
 @pytest.mark.parametrize("wrong, words", [(dict(paper="dcri"), ["Did you mean dcris"]), (dict(table=6), ["no table"]), (dict(dataset="refcocoplus"), ["Did you mean"]), (dict(split="testa"), ["Did you mean", "testA"]),
-                                          (dict(method=["ETRIS", "Barleria"]), ["'Barleria'", "BarLeRIa"]), (dict(method="x" * 9000 + "\n"), ["no method"]), (dict(method=3.5), ["3.5"]), (dict(method=[None]), ["None"])])
+                                          (dict(method=["ETRIS", "Barleria"]), ["'Barleria'", "BarLeRIa"]), (dict(method="x" * 9000 + "\n"), ["no method"]), (dict(method=3.5), ["3.5"]), (dict(method=[None]), ["None"]),
+                                          (dict(table="1"), ["no table '1'"]), (dict(table=1.5), ["no table 1.5 in"]), (dict(paper={}), ["no paper {}"]), (dict(split=b"val"), ["no split b'val'"]), (dict(dataset=[["refcoco"]]), ["no dataset"])])
 def test_wrong_filters_are_one_line(wrong, words): line(lambda: paper_rows(**wrong), *words)
 
 
-@pytest.mark.parametrize("wrong", [dict(metric="miou"), dict(value=101), dict(value=float("nan")), dict(value=True), dict(value=None), dict(how="lost"), dict(paper="elsewhere")])
+@pytest.mark.parametrize("wrong", [dict(metric="miou"), dict(value=101), dict(value=float("nan")), dict(value=True), dict(value=None), dict(how="lost"), dict(paper="elsewhere"),
+                                   dict(method=3), dict(dataset=None), dict(split=["val"]), dict(table="1"), dict(mixed="yes"), dict(note=[])])
 def test_wrong_numbers_are_one_line(wrong): line(lambda: PaperRow(**{**dict(method="m", dataset="refcoco", split="val", value=50., metric="mIoU"), **wrong}))
 
 
