@@ -579,7 +579,6 @@ def test_refusals():
     line(lambda: enc(image, torch.zeros(3, L + 1).long(), torch.ones(3, L + 1).bool()), str(L))
     line(lambda: Attention(nn.Linear(2, 2)), "Linear")
     line(lambda: visual_tower(nn.Linear(2, 2)), "Linear")
-    for name in ("dino-b14", "dino-l14"): line(lambda: build_encoder(name, pretrained=True), "pretrained=False")
     line(lambda: build_encoder("b61"), "b16")
     line(lambda: clip_encoder("ViT-B-16"), "ViT-B-16-quickgelu")
     line(lambda: dino_encoder("vit_base_patch14"), "vit_base_patch14_reg4_dinov2")
