@@ -49,7 +49,7 @@ def stable_hash(
 )->int: # 0 … 2**64 − 1, the same on every machine and in every run
     "Hash `parts` to a 64-bit number, to seed the n-th draw directly instead of drawing n − 1 times before it."
     text = "\x1f".join(str(p) for p in parts)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:8], "big")
 
 # %% ../nbs/00_core.ipynb #5e5ecc9e
 def freeze(
@@ -243,6 +243,7 @@ def read_json(
     "Read a JSON file; a `BarleriaError` names the file, and the line where it stops being JSON."
     path = Path(path)
     try:
+        if path.exists() and not path.is_file(): raise BarleriaError(f"{path} is no file; check the path.")
         if path.stat().st_size > limit: raise BarleriaError(f"{path} is over {limit:,} bytes; split it, or check that it is the right file.")
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except BarleriaError: raise

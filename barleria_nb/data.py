@@ -78,7 +78,7 @@ def _rle(segmentation, height, width):
     if isinstance(counts, (str, bytes)): counts = _run_lengths(counts)
     if not isinstance(counts, list) or any(type(c) is not int or c < 0 for c in counts):
         raise BarleriaError("its run lengths are not whole numbers from 0; export the annotation again.")
-    if sum(counts) != height * width: raise BarleriaError(f"its run lengths add up to {sum(counts)}, the image has {height * width} pixels; export it again.")
+    if (total := min(sum(counts), 2**63)) != height * width: raise BarleriaError(f"its run lengths add up to {total}, the image has {height * width} pixels; export it again.")
     return coco.frPyObjects(dict(size=[height, width], counts=counts), height, width)
 
 # %% ../nbs/01_data.ipynb #1f11cab7
@@ -215,7 +215,7 @@ class _Reader:
                 sent_id, text = _whole(record, "sent_id"), record.get("sent")
                 if sent_id in self.taken: raise BarleriaError(f"sentence {sent_id} is there already, the first one counts; give it its own sent_id.")
                 if not isinstance(text, str) or not text.strip(): raise BarleriaError(f"sentence {sent_id} is empty; write it or drop it.")
-                if "&" in text or not re.search(r"\w", text): _pieces(text, 17) # such as "&nbsp;": the tokenizer, slow to load, knows whether anything is left
+                if not re.fullmatch(r"[ -%'-~]*[0-9A-Za-z][ -%'-~]*", text): _pieces(text, 17) # such as "&nbsp;": the tokenizer, slow to load, knows whether anything is left
                 self.taken.add(sent_id)
                 yield Sentence(sent_id, text)
             except BarleriaError as e: self.note(ref_id, e)
@@ -241,6 +241,8 @@ class _Reader:
             except BarleriaError as e: self.note(ref_id, e)
 
 # %% ../nbs/01_data.ipynb #39be0bbb
+def _named(names): return " ".join(", ".join(n[:40] for n in [*names][:9]).split())
+
 class RefSet:
     "Refs over a folder of images. Iterate for `Ref`s; `problems` says in a line each what could not be used."
 
@@ -262,7 +264,7 @@ class RefSet:
         reader = _Reader(Path(folder))
         splits = {splits} if isinstance(splits, str) else set(splits or ())
         known = {str(r.get("split")) for r in reader.records.values()}
-        for s in splits - known: raise BarleriaError(f"{folder} has no split '{s}'; it has {', '.join(sorted(known))}.{near(s, known)}")
+        for s in splits - known: raise BarleriaError(f"{folder} has no split '{s}'; it has {_named(sorted(known))}.{near(s, known)}")
         refs = list(reader.refs(splits))
         if not refs: raise BarleriaError(f"{folder} has no usable ref; {(reader.problems or ['refs.json is empty.'])[0]}")
         return cls(folder, refs, problems=reader.problems)
@@ -271,7 +273,7 @@ class RefSet:
         name:str, # one of `splits`
     )->"RefSet": # the refs of that split alone
         "Take one split; a `BarleriaError` names the ones there are."
-        if name not in self.splits: raise BarleriaError(f"{self.name} has no split '{name}'; it has {', '.join(self.splits)}.{near(name, self.splits)}")
+        if name not in self.splits: raise BarleriaError(f"{self.name} has no split '{name}'; it has {_named(self.splits)}.{near(name, self.splits)}")
         return RefSet(self.root, [r for r in self.refs if r.split == name], f"{self.name} {name}", self.problems)
 
     @property
@@ -377,7 +379,7 @@ def _bpe():
 def _pieces(sentence, length):
     "Ids of the word pieces of `sentence`, start and end left off."
     if not isinstance(sentence, str): raise BarleriaError(f"a sentence must be text, not {type(sentence).__name__}; write one.")
-    if len(sentence) > 50 * length: sentence = _bpe().clean_fn(sentence[:1000 * length])[:50 * length] # no word piece is 50 letters long, so this drops nothing that would fit
+    if len(sentence) > 50 * length: sentence = _bpe().clean_fn(sentence[:80_000])[:50 * length] # no word piece is 50 letters long, so this drops nothing that would fit
     pieces = _bpe().encode(sentence)
     if not pieces: raise BarleriaError(f"the sentence {sentence[:40]!r} is empty; write one.")
     return pieces

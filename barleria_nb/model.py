@@ -408,7 +408,7 @@ def read_tensors(
         parts = {n: f.get_slice(n) for n in f.keys()}
         found = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in parts.items()}
         wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-        if wrong: raise BarleriaError(f"{path}: tensor {wrong[0][:80]!r} is {found.get(wrong[0], 'missing')}, expected {wanted.get(wrong[0], 'none of that name')}; "
+        if wrong: raise BarleriaError(f"{path}: tensor {wrong[0][:80]!r} is {str(found.get(wrong[0], 'missing'))[:80]}, expected {wanted.get(wrong[0], 'none of that name')}; "
             "it is not what its configuration makes here.")
         tensors = {n: f.get_tensor(n) for n in wanted}
     lost = [n for n, t in tensors.items() if not t.isfinite().all()]
@@ -436,7 +436,7 @@ def stored_config(
     try: ours, wrong = _as_named(about["config"])
     except BarleriaError as e: raise BarleriaError(f"{path}: {e}") from e
     except (KeyError, TypeError, ValueError) as e: raise BarleriaError(f"{path}: its configuration cannot be read; train again.") from e
-    if wrong: raise BarleriaError(f"{path}: '{ours.name}' was another configuration when it was saved ({', '.join(w[:20] for w in wrong[:3])} differ); train again, or build that one yourself and use `put_tuned`.")
+    if wrong: raise BarleriaError(f"{path}: '{ours.name}' was another configuration when it was saved ({', '.join(repr(w[:20]) for w in wrong[:3])} differ); train again, or build that one yourself and use `put_tuned`.")
     return ours
 
 
