@@ -446,7 +446,7 @@ class DualEncoder(nn.Module):
         super().__init__()
         self.visual, self.text, self.name = freeze(visual), freeze(text), name
         self.taps, self.padding = tuple(_levels(visual.depth, 3)[:2] if taps is None else taps), padding
-        self.recompute = False # True: while training, keep only what enters each block, and compute the rest again on the way back
+        self.recompute = False # True: while training, keep only what enters each block, and compute the rest again on the way back (inside `scale.still`, where tuners hold batch normalisation)
         self.joint, self.patch = text.joint, visual.patch
         self.tuners, self._plan = nn.ModuleList(tuners), _plan(visual.depth, text.depth, tuners)
         self._hooks = {h: [t for t in tuners if getattr(type(t), h) is not getattr(Tuner, h)] for h in HOOKS}

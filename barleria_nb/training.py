@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['STATE', 'MOMENTS', 'PRECISIONS', 'LOGGERS', 'optimiser', 'lr_at', 'train_step', 'EpochOrder', 'Portions',
            'full_state', 'save_state', 'load_state', 'git_commit', 'hardware', 'run_card', 'RunFolder', 'accelerator',
-           'explained', 'Interrupts', 'Loop', 'Keeper', 'Stopped', 'Trainer', 'train', 'logged', 'find_runs',
+           'explained', 'Interrupts', 'deaf', 'Loop', 'Keeper', 'Stopped', 'Trainer', 'train', 'logged', 'find_runs',
            'data_name', 'first_refs', 'shuffled']
 
 # %% ../nbs/14_training.ipynb #f4e060e6
 import csv, hashlib, io, json, math, platform, signal, subprocess, sys, threading, time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
@@ -28,7 +29,7 @@ from .data import RefDataset, RefSet, collate, normalise
 from .loss import batch_iou, text_to_pixel_loss
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, read_note, read_tensors, save_tuned, towers_hash, tuned_state, write_tensors
-from .scale import spread
+from .scale import spread, statistics, still
 
 # %% ../nbs/14_training.ipynb #57c99982
 def optimiser(
@@ -87,8 +88,9 @@ class Portions(Sampler):
         world:int=1, # processes
         parts:int=1, # portions that a process computes one after the other
     ):
-        if parts < 1 or batch % (world * parts):
-            raise BarleriaError(f"a batch of {batch} cannot be shared among {world} processes in {parts} parts each; give a --batch that is a multiple of {max(world * parts, world)}.")
+        if parts < 1: raise BarleriaError(f"a batch cannot be computed in {parts} parts; give --accumulate 1 or more.")
+        if batch % (world * parts):
+            raise BarleriaError(f"a batch of {batch} cannot be shared among {world} processes in {parts} parts each; give a --batch that is a multiple of {world * parts}.")
         self.order, self.batch, self.rank, self.world, self.parts, self.first = order, batch, rank, world, parts, 0
 
     @property
@@ -212,7 +214,11 @@ class RunFolder:
     def file(self, name): return self.path / name
 
     def finished(self)->dict|None: # the finished run's card, None when there is more to do
-        "Look what is there; a `BarleriaError` when it belongs to other settings or to something else, or has lost its model."
+        "Look what is there; a `BarleriaError` when it belongs to other settings or to something else, has lost its model, or cannot be read."
+        try: return self._card()
+        except OSError as e: raise BarleriaError(f"{self.path} cannot be looked into ({e.strerror}); choose another folder for the run.") from e
+
+    def _card(self):
         if self.path.exists() and not self.path.is_dir(): raise BarleriaError(f"{self.path} is a file; choose a folder for the run.")
         if not self.file("run.json").exists():
             held = [p for p in self.path.glob("*") if p.suffix == ".safetensors" or p.name in ("log.jsonl", "log.csv")]
@@ -232,7 +238,7 @@ class RunFolder:
     @property
     def states(self)->list: # of paths, newest first
         "The training states."
-        return sorted(self.path.glob("state-*.safetensors"), reverse=True)
+        return sorted(self.path.glob("state*.safetensors"), reverse=True) # an earlier version's state.safetensors, too, which is refused
 
     def _difference(self, card):
         theirs = card.get("settings") if isinstance(card, dict) else None
@@ -242,7 +248,12 @@ class RunFolder:
 
     def sweep(self):
         "Remove what a killed process left half written."
-        for part in self.path.glob(f".*-{'[0-9a-f]' * 8}.*"): part.unlink(missing_ok=True) # as `atomic` names them
+        self.remove(self.path.glob(f".*-{'[0-9a-f]' * 8}.*")) # as `atomic` names them
+
+    def remove(self, paths):
+        "Remove files that are not needed any more; one that cannot be removed may stay."
+        for path in paths:
+            with suppress(OSError): path.unlink()
 
     def log(self, row):
         "Add a row to the log."
@@ -283,14 +294,14 @@ def explained(
         raise BarleriaError(str(e).strip().splitlines()[-1].split("BarleriaError: ", 1)[-1]) from e
     except (RuntimeError, MemoryError) as e:
         said = " ".join(str(e).split())
-        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in said or "not enough memory" in said:
+        if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in said for w in ("allocate memory", "not enough memory", "out of memory")):
             raise BarleriaError(f"out of memory at a batch of {batch}; compute it in parts (--accumulate 2, 4 …), recompute activations (--recompute), use --precision bf16, or lower --batch.") from e
         if "DataLoader worker" in said: raise BarleriaError(f"a loading process died ({said[:160]}); it may have run out of memory: lower --workers, or --workers 0 to see the cause.") from e
         raise
 
 
 class Interrupts:
-    "Within it, Ctrl-C and SIGTERM only leave a note in `name`; a second one interrupts at once."
+    "Within it, Ctrl-C and SIGTERM only leave a note in `name`; Ctrl-C after that interrupts at once. (A launcher and a cluster may both send SIGTERM: two of them are no hurry.)"
     def __init__(self): self.name, self.before = None, {}
 
     def __enter__(self):
@@ -299,11 +310,18 @@ class Interrupts:
         return self
 
     def note(self, number, frame):
-        if self.name: raise KeyboardInterrupt
+        if self.name and number == signal.SIGINT: raise KeyboardInterrupt
         self.name = signal.Signals(number).name
 
     def __exit__(self, *error):
         for s, handler in self.before.items(): signal.signal(s, handler)
+
+
+def deaf(
+    worker, # number of a loading process
+):
+    "Let a loading process ignore Ctrl-C and SIGTERM, which reach all processes: the training process needs it until its step is done, and ends it."
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
 
 # %% ../nbs/14_training.ipynb #37991240
 class Loop:
@@ -325,14 +343,15 @@ class Loop:
         self.device = self.accelerator.device if self.world > 1 else device
         self.data = RefDataset(data, config.size, config.words, train=True, seed=seed, spare=unreadable > 0)
         self.portions = Portions(EpochOrder(len(data), seed), config.batch, self.rank, self.world, accumulate)
-        self.loader = DataLoader(self.data, batch_sampler=self.portions, collate_fn=collate, num_workers=workers, pin_memory=self.device.type == "cuda")
+        self.loader = DataLoader(self.data, batch_sampler=self.portions, collate_fn=collate, num_workers=workers, worker_init_fn=deaf, pin_memory=self.device.type == "cuda")
         self.model, self.epoch_steps = build_model(config, seed).to(self.device), self.portions.steps
         self.steps, self.unreadable, self.skipped = self.epoch_steps * config.epochs, unreadable, {} # index of a ref that could not be read -> what is wrong
         longest = self.model.encoder.text.length
         if config.words > longest: raise BarleriaError(f"{config.words} word pieces are more than the {longest} that {config.name} can read; give a smaller --words.")
-        self.model.encoder.recompute = recompute
+        self.model.encoder.recompute, self.still = recompute, still if recompute else nullcontext
         self.net, self.optimiser, self.marks = spread(self.model, accumulate), optimiser(self.model, config.lr), []
         self.adam = self.accelerator.prepare(self.optimiser)
+        self.statistics = statistics(self.model)
 
     def epoch(self,
         epoch:int, # from 0
@@ -352,6 +371,10 @@ class Loop:
         if len(self.skipped) > self.unreadable * len(self.data): self.too_many()
         return {k: t.to(self.device, non_blocking=True) for k, t in batch.items()}
 
+    def share_skipped(self):
+        "Tell all processes what each could not read."
+        if self.world > 1: self.skipped |= dict.fromkeys(gather_object(list(self.skipped)))
+
     def too_many(self):
         "Too much of the data is broken."
         names = [str(self.data.refs[i][0].ref_id) for i in self.skipped]
@@ -361,24 +384,26 @@ class Loop:
         "Predict, compare, correct."
         for group in self.adam.param_groups: group["lr"] = lr_at(step, self.steps, self.config)
         self.adam.zero_grad()
-        losses, ious = [], []
+        losses, ious, before = [], [], [b.clone() for b in self.statistics]
         for k, batch in enumerate(parts):
             alone = self.world * self.accumulate == 1
             torch.manual_seed(stable_hash(self.seed, "step", step, *(() if alone else (self.rank, k))) % 2**63) # dropout, too, is a function of the step
             later = self.net is not self.model and k + 1 < len(parts)
             with self.net.no_sync() if later else nullcontext():
                 with self.accelerator.autocast(): loss, logits = train_step(self.net, batch)
-                self.accelerator.backward(loss / len(parts))
+                with self.still(self.model): self.accelerator.backward(loss / len(parts))
             losses.append(loss.detach()), ious.append(batch_iou(logits.detach(), batch["mask"]))
-        self.mark(step, torch.cat([b["index"] for b in parts]))
+        self.mark(step, torch.cat([b["index"] for b in parts]), before)
         self.adam.step()
         return torch.stack(losses).mean(), torch.cat(ious)
 
-    def mark(self, step, items):
-        "Keep Adam from a gradient that is not finite, without waiting for the device. (With fp16 the scaler does it, and lowers its scale.)"
-        if self.accelerator.scaler: return
+    def mark(self, step, items, before):
+        "Keep a gradient that is not finite from Adam, and what came with it from batch normalisation's running statistics, without waiting for the device. (With fp16 the scaler stops Adam, and lowers its scale.)"
         norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
-        self.optimiser.found_inf = (~norm.isfinite()).float() # fused Adam leaves all as it is where this is one
+        bad = ~norm.isfinite()
+        for b, old in zip(self.statistics, before): b.copy_(torch.where(bad, old, b))
+        if self.accelerator.scaler: return
+        self.optimiser.found_inf = bad.float() # fused Adam leaves all as it is where this is one; only a scaler would take the attribute away, and there is none
         self.marks.append((step, self.optimiser.found_inf, items))
 
     def bad(self)->list: # of (step, indices of the process' refs) since it was last asked
@@ -402,14 +427,20 @@ class Keeper:
     def progress(self)->dict: # JSON values
         "What to remember besides tensors."
         scaler = self.loop.accelerator.scaler
-        return dict(settings=self.folder.settings, towers=self.towers, step=self.step, window=[v.item() for v in self.window], best=self.best, seconds=self.seconds, spent=round(self.spent, 2),
+        return dict(settings=self.folder.settings, towers=self.towers, step=self.step, window=self.losses().tolist(), best=self.best, seconds=self.seconds, spent=round(self.spent, 2),
             left_out=self.left_out, skipped=list(self.loop.skipped), rows=self.folder.rows, scaler=scaler and scaler.state_dict())
+
+    def losses(self)->Tensor: # one per step
+        "Losses since the last row, of all processes together: each calls this."
+        return self.loop.accelerator.reduce(torch.stack(self.window), "mean") if self.window else torch.empty(0)
 
     def keep(self):
         "Save all that is needed to go on; the two newest states stay."
+        self.loop.share_skipped()
+        progress, mine = self.progress(), self.folder.file(f"state-{self.step:08d}.safetensors")
         if self.main:
-            save_state(self.folder.file(f"state-{self.step:08d}.safetensors"), self.loop.model, self.loop.optimiser, self.progress())
-            for old in self.folder.states[2:]: old.unlink(missing_ok=True)
+            save_state(mine, self.loop.model, self.loop.optimiser, progress)
+            self.folder.remove([p for p in self.folder.states if p.name < mine.name][1:]) # a later one is damaged or foreign, or it had been taken
         self.loop.accelerator.wait_for_everyone()
 
     def resume(self):
@@ -469,6 +500,7 @@ class Trainer(Keeper):
     def run(self)->dict: # the run's card
         "Train what is left to train; a `Stopped` after Ctrl-C or SIGTERM."
         self.resume()
+        if self.everywhere(self.step) != self.step * self.loop.world: raise BarleriaError(f"the processes found different states in {self.folder.path}; give a folder that all machines share.")
         self.write_card(done=False)
         self.bar.update(self.step)
         with self.bar, Interrupts() as self.interrupts:
@@ -477,10 +509,14 @@ class Trainer(Keeper):
                 epoch, first = divmod(self.step, self.loop.epoch_steps)
                 self.one_epoch(epoch, first)
                 self.close_epoch(epoch)
+        self.loop.share_skipped()
         card = self.write_card(done=True)
-        if self.main:
-            for path in self.folder.states: path.unlink(missing_ok=True)
+        if self.main: self.folder.remove(self.folder.states)
         return card
+
+    def everywhere(self, number)->float: # the sum over all processes
+        "Add up what each process has."
+        return self.loop.accelerator.reduce(torch.tensor(float(number), device=self.loop.device)).item()
 
     def one_epoch(self, epoch, first):
         "Correct; a row every twenty steps; a state now and then, and when asked to stop."
@@ -501,26 +537,28 @@ class Trainer(Keeper):
         if self.loop.world == 1: return self.interrupts.name
         if not row: return None
         name = self.interrupts.name
-        asked = self.loop.accelerator.reduce(torch.tensor(float(name is not None), device=self.loop.device)).item()
-        return (name or "another process") if asked else None
+        return (name or "another process") if self.everywhere(name is not None) else None
 
     def leave(self):
         "End, with a line that says how to go on."
         raise Stopped(f"stopped by {self.interrupts.name or 'another process'} at step {self.step} of {self.loop.steps}; the same command goes on from there.")
 
     def pause(self):
-        "Save in the middle of an epoch."
+        "Save in the middle of an epoch; not after a gradient that was not finite, unless such are left out, and then with their number."
+        self.look_back()
         before, self.spent = self.spent, self.spent + time.time() - self.started
         self.keep()
         self.spent = before
 
     def row(self, epoch, ious):
-        "Log the mean loss since the last row and the last batch's mean IoU; stop when the loss is lost."
+        "Log the mean loss since the last row and the last batch's mean IoU; stop when the loss is lost. Where steps are left out the mean is over those that have a loss; twenty without one are a lost run, fewer a row without."
         self.look_back()
-        window, self.window = torch.stack(self.window), []
-        mean, iou = self.loop.accelerator.reduce(torch.stack([(window[window.isfinite()] if self.skip else window).mean(), ious.mean()]), "mean").tolist()
-        if not math.isfinite(mean): self.lost(f"the loss is no longer finite at step {self.step}")
-        self.folder.log(dict(epoch=epoch, step=self.step, loss=round(mean, 5), batch_iou=round(iou, 4), lr=lr_at(self.step - 1, self.loop.steps, self.loop.config)))
+        window, self.window = self.losses(), []
+        full, window = len(window) == 20, window[window.isfinite()] if self.skip else window
+        mean, iou = window.mean().item(), self.loop.accelerator.reduce(ious.mean(), "mean").item()
+        if not math.isfinite(mean) and (full or not self.skip): self.lost(f"the loss is no longer finite at step {self.step}")
+        known = dict(loss=round(mean, 5)) if math.isfinite(mean) else {}
+        self.folder.log(dict(epoch=epoch, step=self.step, **known, batch_iou=round(iou, 4), lr=lr_at(self.step - 1, self.loop.steps, self.loop.config)))
         self.bar.set_postfix(loss=f"{mean:.3f}", val="–" if self.best is None else f"{self.best['mIoU']:.3f}")
 
     def look_back(self):
@@ -615,15 +653,22 @@ def logged(
         kind = LOGGER_TYPE_TO_CLASS[name]
         tracker = kind(folder.path.name, logging_dir=folder.path) if kind.requires_logging_directory else kind(folder.path.name)
         tracker.start()
+        tracker.store_init_configuration({k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in folder.settings.items()})
     except ImportError as e: raise BarleriaError(f"{name} is not installed; install it, or train without --logger: the log is in {folder.path} anyway.") from e
-    tracker.store_init_configuration({k: v if isinstance(v, (int, float, str, bool)) else json.dumps(v) for k, v in folder.settings.items()})
-    tell = folder.tell
+    except Exception as e: raise BarleriaError(f"{name} does not start ({' '.join(str(e).split())[:160] or type(e).__name__}); mend that, or train without --logger: the log is in {folder.path} anyway.") from e
+    tell, failed = folder.tell, []
+    def attempt(call, *args, **named): # a logger in trouble does not end a run of days
+        if failed: return
+        try: call(*args, **named)
+        except Exception as e:
+            failed.append(e)
+            tqdm.write(f"{name} gets no more rows ({' '.join(str(e).split())[:160] or type(e).__name__}); the run goes on, with its log in {folder.path}.")
     def both(row):
         if tell: tell(row)
-        tracker.log({k: v for k, v in row.items() if k != "step"}, step=row["step"])
+        attempt(tracker.log, {k: v for k, v in row.items() if k != "step"}, step=row["step"])
     folder.tell = both
     try: yield
-    finally: tracker.finish()
+    finally: attempt(tracker.finish)
 
 # %% ../nbs/14_training.ipynb #ed3e3510
 def find_runs(

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -125,6 +126,31 @@ def test_commit_only_of_tracked_files(tmp_path):
 
 
 # ---------------------------------------------------------------- stopped and resumed
+
+def test_a_folder_that_cannot_be_read(data, tmp_path, monkeypatch):
+    line(lambda: go(data, tmp_path / ("x" * 300)), "cannot be looked into", "another folder")
+    def closed(*a, **k): raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(training, "read_json", closed)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text("{}")
+    line(lambda: go(data, tmp_path / "run"), "Permission denied")
+
+
+def test_a_folder_where_nothing_may_be_removed_or_written(data, whole, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", 4)
+        with pytest.raises(Stop): go(data, out)
+    (out / ".state-12345678.safetensors").write_text("half")
+    def refused(*a, **k): raise PermissionError(errno.EROFS, "Read-only file system")
+    with monkeypatch.context() as m:
+        for name in ("unlink", "write_text", "write_bytes"): m.setattr(Path, name, refused)
+        line(lambda: go(data, out), "the file system is read-only")
+    with monkeypatch.context() as m:  # removing alone fails: that ends no run
+        m.setattr(Path, "unlink", refused)
+        assert go(data, out)["done"] and list(out.glob("state-*"))
+    for name in FILES: assert (out / name).read_bytes() == (whole / name).read_bytes()
+
 
 KILLED = """
 import os, signal, sys
@@ -295,6 +321,124 @@ def test_two_states_are_kept_and_the_older_one_serves(data, fine, tmp_path, monk
     same_run(fine, out)
 
 
+def torn_run(data, out, monkeypatch, nth=7, **options):
+    "A run stopped at its nth step, with a state after each."
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", nth)
+        with pytest.raises(Stop): go(data, out, **FINE, save_steps=1, **options)
+    return sorted(out.glob("state-*"))
+
+
+def test_two_damaged_states(data, fine, tmp_path, monkeypatch):
+    "One line; nothing is changed; without them the run begins anew and ends the same."
+    out = tmp_path / "run"
+    for p in (states := torn_run(data, out, monkeypatch)): p.write_bytes(p.read_bytes()[:-3])
+    before = contents(out)
+    line(lambda: go(data, out, **FINE), states[0].name)
+    assert contents(out) == before
+    for p in states: p.unlink()
+    go(data, out, **FINE)
+    same_run(fine, out)
+
+
+def test_states_of_another_run(data, fine, tmp_path, monkeypatch):
+    "Two newer ones of another seed: the run's own serves, and is never the one that is removed."
+    out = tmp_path / "run"
+    for k, p in enumerate(torn_run(data, tmp_path / "other", monkeypatch, seed=1)):
+        out.mkdir(exist_ok=True)
+        shutil.copy(p, out / f"state-0000009{k}.safetensors")
+    line(lambda: go(data, out, **FINE), "no run.json")
+    (foreign := [p for p in out.iterdir()]) and [p.rename(tmp_path / p.name) for p in foreign]
+    torn_run(data, out, monkeypatch, 3)
+    for p in foreign: (tmp_path / p.name).rename(p)
+    with monkeypatch.context() as m:
+        stopping(m, "Loop.step", 3)
+        with pytest.raises(Stop): go(data, out, **FINE, save_steps=1)
+    assert {"state-00000003.safetensors", "state-00000004.safetensors"} <= set(os.listdir(out))
+    go(data, out, **FINE)
+    same_run(fine, out)
+
+
+def test_a_state_of_an_earlier_version(data, fine, tmp_path, monkeypatch):
+    "Told, rather than left aside with all its epochs."
+    out = tmp_path / "run"
+    newest = torn_run(data, out, monkeypatch)[-1]
+    tensors, note = load_bytes(newest.read_bytes()), training.read_note(newest)
+    write_tensors(out / "state.safetensors", tensors, {**note, "format": "barleria_nb training state, version 1"})
+    for p in out.glob("state-*"): p.unlink()
+    line(lambda: go(data, out, **FINE), "state.safetensors is not a training state", "remove the run's folder")
+
+
+@pytest.mark.parametrize("nth", [3, 5, 8])
+def test_disk_full_within_an_epoch(data, fine, tmp_path, monkeypatch, nth):
+    out, plain, calls = tmp_path / "run", training.save_state, []
+    def full(path, *a):
+        calls.append(1)
+        if len(calls) < nth: return plain(path, *a)
+        with monkeypatch.context() as m:
+            m.setattr(Path, "write_bytes", lambda self, c: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+            plain(path, *a)
+    steps = 2 * (len(data.split("train")) // 4)
+    assert steps >= 8
+    with monkeypatch.context() as m:
+        m.setattr(training, "save_state", full)
+        if nth < steps: line(lambda: go(data, out, **FINE, save_steps=1), "the disk is full")
+        else: go(data, out, **FINE, save_steps=1)
+    go(data, out, **FINE, save_steps=1)
+    same_run(fine, out)
+
+
+@pytest.mark.parametrize("name,twice", [("evaluate", False), ("save_state", False), ("save_tuned", False), ("save_state", True), ("save_tuned", True), ("evaluate", True)])
+def test_interrupted_elsewhere(data, fine, tmp_path, monkeypatch, name, twice):
+    "Ctrl-C while scoring and saving, once and twice: no half file, and the same bytes in the end."
+    out, plain = tmp_path / "run", getattr(training, name)
+    todo = [1] * (1 + twice)
+    def call(*a, **k):
+        while todo: todo.pop(), signal.raise_signal(signal.SIGINT)
+        return plain(*a, **k)
+    before = signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as m:
+        m.setattr(training, name, call)
+        if twice:
+            with pytest.raises(KeyboardInterrupt): go(data, out, **FINE, save_steps=1)
+        else: line(lambda: go(data, out, **FINE, save_steps=2), "stopped by SIGINT", "the same command goes on")
+    assert signal.getsignal(signal.SIGINT) is before and not [p for p in out.iterdir() if p.name.startswith(".")]
+    go(data, out, **FINE)
+    same_run(fine, out)
+
+
+def test_asked_at_the_very_end(data, fine, tmp_path, monkeypatch):
+    "In the last step: the run is finished rather than stopped."
+    out, plain, last = tmp_path / "run", Loop.step, json.loads((fine / "run.json").read_text())["steps"] - 1
+    def step(self, parts, k):
+        if k == last: signal.raise_signal(signal.SIGTERM)
+        return plain(self, parts, k)
+    monkeypatch.setattr(Loop, "step", step)
+    assert go(data, out, **FINE)["done"]
+    same_run(fine, out)
+
+
+def test_loading_processes_do_not_hear_signals(data, fine, tmp_path, monkeypatch):
+    "Ctrl-C at a terminal, and a launcher's SIGTERM, reach loading processes too: they must not die under the step that is to be finished."
+    plain, here = RefDataset.item, os.getpid()
+    def item(self, i):
+        if os.getpid() != here: [os.kill(os.getpid(), s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGINT)]
+        return plain(self, i)
+    monkeypatch.setattr(RefDataset, "item", item)
+    go(data, tmp_path / "run", workers=1, **FINE)
+    same_run(fine, tmp_path / "run")
+    assert Loop(config("frozen-tiny", **SHORT), data.split("train")).loader.worker_init_fn is training.deaf  # also where processes are not forked
+
+
+def test_in_a_thread(data, fine, tmp_path):
+    "Where no handler can be set, nothing else changes."
+    found = []
+    t = threading.Thread(target=lambda: found.append(go(data, tmp_path / "run", **FINE)))
+    t.start(), t.join()
+    assert found[0]["done"]
+    same_run(fine, tmp_path / "run")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_end(data, fine, tmp_path, monkeypatch, number):
     "The step is finished, a state saved, one line says how to go on; the handlers are as before."
@@ -314,6 +458,9 @@ def test_a_second_interrupt_does_not_wait():
     with pytest.raises(KeyboardInterrupt):
         with Interrupts():
             for _ in range(2): signal.raise_signal(signal.SIGINT)
+    with Interrupts() as noted:
+        for _ in range(2): signal.raise_signal(signal.SIGTERM)  # a cluster's and the launcher's
+    assert noted.name == "SIGTERM"
 
 
 ENDLESS = """
@@ -369,14 +516,69 @@ def test_bad_gradient_left_out(data, tmp_path, monkeypatch):
     "Asked to skip, Adam leaves everything as it is, its count of steps included; the run ends, and says how many it left out."
     seen, mark = [], Loop.mark
     poison(monkeypatch, 1)
-    def spy(self, step, items):
-        mark(self, step, items)
+    def spy(self, step, *rest):
+        mark(self, step, *rest)
         seen.append({n: t.clone() for n, t in full_state(self.model, self.optimiser).items() if "running" not in n and "num_batches" not in n})
     monkeypatch.setattr(Loop, "mark", spy)
     card = go(data, tmp_path / "run", skip=True, **FINE)
     assert card["done"] and card["left_out"] == 1 and card["settings"]["skip"] is True
     for n, t in seen[1].items(): assert torch.equal(t, seen[2][n]), n  # before the second and before the third correction
     assert any(not torch.equal(t, seen[2][n]) for n, t in seen[3].items())
+
+
+def blind(monkeypatch, steps):
+    "The pictures of some steps become no numbers on the way forward, running statistics included."
+    plain, now, normalise = Loop.step, [], training.normalise
+    def step(self, parts, k):
+        now[:] = [k]
+        return plain(self, parts, k)
+    monkeypatch.setattr(Loop, "step", step)
+    monkeypatch.setattr(training, "normalise", lambda x: normalise(x) * (float("nan") if now[0] in steps else 1))
+
+
+@pytest.mark.parametrize("bad", [(0,), (3,), (0, 1, 2, 3), (2, 3, 4)])
+def test_what_is_left_out_leaves_no_trace(data, tmp_path, monkeypatch, bad):
+    "First and last step of an epoch, all of one, one on both sides of its end: statistics stay numbers, rows are JSON, the count survives a stop."
+    def rows(out): return [json.loads(l, parse_constant=lambda c: pytest.fail(c)) for l in (out / "log.jsonl").read_text().splitlines()]
+    blind(monkeypatch, bad)
+    assert len(data.split("train")) // 4 == 4
+    card = go(data, tmp_path / "run", skip=True, **FINE)
+    assert card["done"] and card["left_out"] == len(bad)
+    first = rows(tmp_path / "run")[0]
+    assert ("loss" in first) == (bad != (0, 1, 2, 3)) and first["step"] == 4
+    load_tuned(tmp_path / "run" / "tuned.safetensors")
+    for nth in (2, 4):
+        with monkeypatch.context() as m:
+            stopping(m, "Loop.step", nth)
+            with pytest.raises(Stop): go(data, tmp_path / f"torn{nth}", skip=True, **FINE, save_steps=1)
+        go(data, tmp_path / f"torn{nth}", skip=True, **FINE, save_steps=1)
+        same_run(tmp_path / "run", tmp_path / f"torn{nth}")
+
+
+def test_statistics_of_a_step_left_out(data, monkeypatch):
+    blind(monkeypatch, (0,))
+    loop = Loop(config("dcris-tiny", **SHORT), data.split("train"))
+    before = {n: t.clone() for n, t in full_state(loop.model, loop.optimiser).items()}
+    next(loop.epoch(0))
+    assert [s for s, _ in loop.bad()] == [0]
+    for n, t in full_state(loop.model, loop.optimiser).items(): assert torch.equal(t, before[n]), n
+
+
+def test_twenty_in_a_row_are_a_lost_run(data, tmp_path):
+    loop = Loop(config("frozen-tiny", **SHORT), data.split("train"))
+    t = training.Trainer(loop, None, training.RunFolder(tmp_path / "run", {}), skip=True)
+    t.window = [torch.tensor(float("nan"))] * 20
+    line(lambda: t.row(0, torch.zeros(8)), "no longer finite")
+    t.window = [torch.tensor(float("nan"))] * 19 + [torch.tensor(2.)]
+    t.row(0, torch.zeros(8))
+    assert t.folder.rows[-1]["loss"] == 2
+
+
+def test_no_state_after_a_bad_gradient(data, tmp_path, monkeypatch):
+    "Without `skip` it is seen before the next state, so the states are from before it."
+    blind(monkeypatch, (2,))
+    line(lambda: go(data, tmp_path / "run", **FINE, save_steps=1), "gradient", "step 3", "bad-batch-0")
+    assert sorted(p.name for p in (tmp_path / "run").glob("state-*")) == ["state-00000001.safetensors", "state-00000002.safetensors"]
 
 
 @pytest.fixture
@@ -390,7 +592,16 @@ def torn(folder, tmp_path):
     return RefSet.read(tmp_path / "torn"), ref
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_of_val(folder, tmp_path):
+    "A score leaves nothing out, whatever training may."
+    shutil.copytree(folder, tmp_path / "torn")
+    data = RefSet.read(tmp_path / "torn")
+    path = next(p for p in (tmp_path / "torn" / "images").iterdir() if p.name == Path(data.split("val").refs[0].file_name).name)
+    path.write_bytes(path.read_bytes()[:60])
+    line(lambda: go(RefSet.read(tmp_path / "torn"), tmp_path / "run", unreadable=.9), path.name)
+
+
+@pytest.mark.parametrize("workers", [0, 1, pytest.param(2, marks=pytest.mark.long)])
 def test_unreadable_picture(torn, tmp_path, workers):
     data, ref = torn
     lost = sorted(r.ref_id for r in data.split("train") if r.image_id == ref.image_id)
@@ -448,11 +659,39 @@ def test_a_logger_that_is_not_there(data, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("where", ["log", "finish", "start", "store_init_configuration"])
+def test_a_logger_that_fails(data, fine, tmp_path, monkeypatch, capfd, where):
+    "Before the run it is an error; in the run, one line, and the run goes on."
+    class Failing:
+        requires_logging_directory, calls = False, 0
+        def __init__(self, name): pass
+    def fail(self, *a, **k):
+        Failing.calls += 1
+        raise ConnectionError("no route\nto host")
+    for name in ("log", "finish", "start", "store_init_configuration"): setattr(Failing, name, fail if name == where else lambda self, *a, **k: None)
+    monkeypatch.setitem(training.LOGGER_TYPE_TO_CLASS, "wandb", Failing)
+    if where in ("log", "finish"):
+        go(data, tmp_path / "run", logger="wandb", **FINE)
+        same_run(fine, tmp_path / "run")
+        said = "".join(capfd.readouterr())
+        assert said.count("wandb gets no more rows (no route to host)") == 1 and Failing.calls == 1
+    else:
+        line(lambda: go(data, tmp_path / "run", logger="wandb", **FINE), "wandb does not start (no route to host)")
+        assert not (tmp_path / "run").exists()
+
+
 # ---------------------------------------------------------------- memory, parts, processes
 
 def test_recomputing_changes_no_bit(data, whole, tmp_path):
     go(data, tmp_path / "run", recompute=True)
     same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["dcris-tiny", pytest.param("detris-tiny", marks=pytest.mark.long), pytest.param("barleria-tiny", marks=pytest.mark.long)])
+def test_recomputing_counts_once(data, tmp_path, name):
+    "Also where batch normalisation lies inside a recomputed block, and in parts."
+    for k in (False, True): go(data, tmp_path / str(k), name=name, recompute=k, accumulate=2, epochs=1)
+    same_run(tmp_path / "False", tmp_path / "True")
 
 
 def test_parts(data, tmp_path):
@@ -484,21 +723,28 @@ from barleria_nb.metrics import evaluate
 from barleria_nb.model import build_model
 torch.set_num_threads(1)
 data, out, name = RefSet.read(sys.argv[1]), sys.argv[2], sys.argv[3]
+if name.startswith("stop-"):
+    from barleria_nb.training import Loop
+    name, plain = name[5:], Loop.step
+    def step(self, parts, k):
+        if k == 3: raise SystemExit("stopped here")
+        return plain(self, parts, k)
+    Loop.step = step
 if name == "evaluate":
     a = accelerator("no", torch.device("cpu"))
     torch.manual_seed(0)
     model = build_model(config("snf-tiny", pretrained=False))
     scores = evaluate(model, data, size=64, batch=4, threshold=.04, progress=False, shared=a.num_processes > 1)
     open(f"{out}-{a.process_index}", "w").write(json.dumps(scores.records))
-else: train(config(name, pretrained=False, epochs=2, batch=8, lr=1e-4), data, out, val_refs=3, device="cpu", progress=False)
+else: train(config(name, pretrained=False, epochs=2, batch=8, lr=1e-4), data, out, val_refs=3, device="cpu", progress=False, save_steps=1)
 """
 
-def launched(folder, out, name, processes, tmp_path):
+def launched(folder, out, name, processes, tmp_path, fails=None):
     (tmp_path / "launched.py").write_text(LAUNCHED)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run([sys.executable, *start, str(tmp_path / "launched.py"), str(folder), str(out), name], capture_output=True, text=True, cwd=Path(__file__).parents[1],
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])})
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) == (fails is None) and (fails or "") in done.stderr, done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", ["barleria-tiny", pytest.param("dcris-ta-tiny", marks=pytest.mark.long), pytest.param("snf+etris-tiny", marks=pytest.mark.long), pytest.param("lora-tiny", marks=pytest.mark.long)])
@@ -511,6 +757,25 @@ def test_two_processes_are_one(folder, tmp_path, name):
     far = torch.cat([(a[n] - b[n]).abs().flatten().double() for n in a if a[n].is_floating_point()])
     assert far.quantile(.9) < 1e-5 and far.median() < 1e-6 and far.max() < 4 * 4e-4, (far.quantile(.9), far.max())
     assert json.loads((tmp_path / "run2" / "run.json").read_text())["processes"] == 2 and sorted(os.listdir(tmp_path / "run1")) == sorted(os.listdir(tmp_path / "run2"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("first,then", [(2, 1), (1, 2)])
+def test_begun_by_some_finished_by_others(folder, tmp_path, first, then):
+    "The number of processes is no setting: what one stopped, two finish, and the reverse; the loss is that of one within a thousandth."
+    launched(folder, tmp_path / "run", "stop-barleria-noglobal-tiny", first, tmp_path, "stopped here")
+    assert list((tmp_path / "run").glob("state-00000003*"))
+    launched(folder, tmp_path / "run", "barleria-noglobal-tiny", then, tmp_path)
+    launched(folder, tmp_path / "one", "barleria-noglobal-tiny", 1, tmp_path)
+    rows = [[json.loads(l) for l in (tmp_path / n / "log.jsonl").read_text().splitlines()] for n in ("run", "one")]
+    assert [r.get("loss", 0) for r in rows[0]] == pytest.approx([r.get("loss", 0) for r in rows[1]], rel=1e-3)
+    assert sorted(os.listdir(tmp_path / "run")) == sorted(os.listdir(tmp_path / "one"))
+
+
+@pytest.mark.long
+def test_a_batch_that_three_cannot_share(folder, tmp_path):
+    launched(folder, tmp_path / "run", "barleria-noglobal-tiny", 3, tmp_path, "give a --batch that is a multiple of 3")
+    assert not (tmp_path / "run").exists()
 
 
 def test_scores_are_the_same_for_one_two_and_three_processes(folder, tmp_path):
@@ -607,7 +872,7 @@ def test_portions_make_up_the_batches(world, parts):
             shares.append([sum(mine[k * parts:(k + 1) * parts], []) for k in range(4 - first)])
         assert [sum(step, []) for step in zip(*shares)] == whole[first:]
     line(lambda: Portions(EpochOrder(50, 3), 13, 0, 2), "multiple of 2")
-    line(lambda: Portions(EpochOrder(50, 3), 12, 0, 1, 0), "--batch")
+    line(lambda: Portions(EpochOrder(50, 3), 12, 0, 1, 0), "--accumulate 1")
 
 
 def test_control_gives_every_ref_the_sentences_of_another(data):
