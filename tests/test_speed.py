@@ -1,0 +1,138 @@
+"Operations counted by hand, reports written and resumed, ways that compute the same, and mistakes in one line. Nothing here is timed."
+import json
+
+import pytest
+import torch
+from common import line
+
+from barleria_nb import speed
+from barleria_nb.backbones import QuickMLP
+from barleria_nb.model import build_model, config
+from barleria_nb.training import optimiser, train_step
+
+TINY = config("barleria-tiny", batch=2)
+
+
+def tower_by_hand(n, guests, d, depth):
+    "Forward operations of a tower of `depth` blocks of width d on n tokens, with guests as keys and values."
+    m = n + guests
+    return depth * (2 * m * d * 3 * d + 2 * 2 * n * m * d + 2 * n * d * d + 16 * n * d * d)
+
+
+def test_flops_of_the_frozen_towers_are_those_of_the_formula():
+    c = config("frozen-tiny")
+    with torch.device("meta"), speed.FlopCounterMode(display=False) as counter:
+        e = build_model(speed.replace(c, pretrained=False)).eval().encoder
+        e(torch.empty(1, 3, 64, 64), torch.empty(1, c.words, dtype=torch.long), torch.ones(1, c.words, dtype=torch.bool))
+    d, n, l = 96, 65, c.words
+    patches, ends = 2 * 64 * (3 * 8 * 8) * d, 2 * n * d * d + 2 * d * d # patch embedding; projections of image and sentence
+    assert counter.get_total_flops() == tower_by_hand(n, 0, d, 6) + tower_by_hand(l, 0, d, 6) + patches + ends
+
+
+def test_flops_are_proportional_to_the_batch_and_a_step_is_less_than_three_forward_passes():
+    forward, step = speed.flops(TINY, 1, backward=False), speed.flops(TINY, 1)
+    assert forward < step < 3 * forward and 0 <= 3 * step - speed.flops(TINY, 3) < 1e-3 * step # a few products are of weights alone
+    assert speed.floor_seconds(TINY, 1, 1e9) == step / 1e9
+
+
+@pytest.mark.parametrize("way", sorted(set(speed.WAYS) - {"here"}))
+def test_every_way_computes_the_same_and_leaves_no_trace(way):
+    def gradient(way):
+        model = build_model(TINY)
+        with speed.WAYS[way](model, adam := optimiser(model, 1e-3)):
+            train_step(model, speed.random_batch(TINY))[0].backward()
+            grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+            adam.step()
+        assert all(g["fused"] is True for g in adam.param_groups)
+        return grads, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    forward = QuickMLP.forward
+    (a, x), (b, y) = gradient("here"), gradient(way)
+    assert QuickMLP.forward is forward
+    assert (a - b).norm() < 1e-4 * a.norm() and (x - y).abs().max() < 2.1e-3 # one step of Adam moves by at most lr
+    assert torch.equal(gradient("here")[0], a)
+
+
+@pytest.mark.skipif(not speed.can_onednn(), reason="this PyTorch does not let us choose")
+def test_onednn_products_of_any_layout_equal_the_usual_ones():
+    g = torch.Generator().manual_seed(0)
+    a, b, c = torch.randn(150, 400, generator=g), torch.randn(400, 130, generator=g), torch.randn(130, generator=g)
+    pairs = [(a, b), (a, b.t().contiguous().t()), (a.t().contiguous().t(), b), (torch.randn(150, 1200, generator=g).chunk(3, -1)[1], b), (a[:, :1].expand(150, 400), b), (a[::2], b), (a.bfloat16(), b.bfloat16())]
+    usual = [(x @ y, torch.addmm(c.to(x.dtype), x, y), torch.addmm(c.to(x.dtype), x, y, alpha=2.)) for x, y in pairs]
+    with speed.onednn(), torch.inference_mode():
+        for (x, y), wanted in zip(pairs, usual):
+            found = x @ y, torch.addmm(c.to(x.dtype), x, y), torch.addmm(c.to(x.dtype), x, y, alpha=2.)
+            for f, w in zip(found, wanted): torch.testing.assert_close(f, w, rtol=1e-4, atol=1e-3)
+    assert torch.equal(a @ b, usual[0][0])
+
+
+def fake(task, **arguments):
+    "What a measuring process would say."
+    if task == "profile": return dict(total=1., rows=[dict(name="aten::mm", seconds=.5, calls=3)])
+    if task == "sentence": return {str(b): dict(seconds=.1, sentences=n, memory=1) for b, n in zip(arguments["batches"], arguments["sentences"])}
+    return {w: dict(seconds=2., best=2., all_seconds=[2.], samples_per_second=1., memory=10**9) for w in arguments["ways"]}
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    calls = []
+    monkeypatch.setattr(speed, "_child", lambda task, **a: calls.append(task) or fake(task, **a))
+    monkeypatch.setattr(speed, "flops", lambda config, batch: 10**9 * batch)
+    monkeypatch.setattr(speed, "_rates", lambda device, threads: {"no": 1e9, "bf16": 2e9, "copy": 1e9})
+    return calls
+
+
+def test_a_report_is_written_row_by_row_and_resumed(measured, tmp_path, monkeypatch):
+    out, told = tmp_path/"deep"/"cpu.json", []
+    settings = dict(device="cpu", threads=1, repeats=1, growth=[dict(batch=4)])
+    def stop(key):
+        told.append(key)
+        if len(told) == 5: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): speed.report(out, [TINY], tell=stop, **settings)
+    assert [tuple(r["key"]) for r in json.loads(out.read_text())["rows"]] == told[:4]
+    kept = speed.report(out, [TINY], **settings)
+    keys = [tuple(r["key"]) for r in kept["rows"]]
+    assert len(set(keys)) == len(keys) == 12 and keys[:4] == told[:4] and kept == json.loads(out.read_text())
+    assert {"hardware", "commit", "torch", "python", "settings", "rates"} <= kept.keys()
+    n = len(measured)
+    assert speed.report(out, [TINY], **settings) == kept and len(measured) == n
+    row = kept["rows"][0]
+    assert row["floor"] == row["flops"] / 1e9 and row["share"] == row["floor"] / 2
+    table = speed.speed_table(out.parent)
+    assert len(table.splitlines()) == 3 and "barleria-tiny" in table and "bf16" in table
+
+
+def test_a_report_of_other_settings_or_of_another_kind_is_refused_and_kept(measured, tmp_path):
+    out = tmp_path/"cpu.json"
+    speed.report(out, [TINY], device="cpu", threads=1, repeats=1, precisions=("no",))
+    before = out.read_bytes()
+    line(lambda: speed.report(out, [TINY], device="cpu", threads=2, repeats=1), "another settings", "choose another file")
+    assert out.read_bytes() == before
+    other = tmp_path/"x.json"
+    for text in ("[]", '{"format": "?"}'):
+        other.write_text(text)
+        line(lambda: speed.report(other, [TINY], device="cpu"), "another kind")
+    line(lambda: speed.speed_table(tmp_path/"nowhere"), "no speed report")
+
+
+def test_mistakes_end_in_one_line(tmp_path):
+    line(lambda: speed.step_speed("barleria-tiny"), "no configuration", "config('barleria-tiny')")
+    line(lambda: speed.step_speed(TINY, device="cpu", precision="bf61"), "bf61", "Did you mean bf16")
+    line(lambda: speed.step_speed(TINY, device="cpu", precision="fp16"), "needs a GPU")
+    line(lambda: speed.step_speed(TINY, device="cpu", threads=0), "threads is 0")
+    line(lambda: speed.step_speed(TINY, device="cpu", repeats=0), "repeats is 0")
+    line(lambda: speed.step_speed(TINY, device="cpu", ways=("here", "plane")), "plane", "plain")
+    line(lambda: speed.step_profile(TINY, device="gpu"), "gpu")
+    line(lambda: speed.sentence_speed(TINY, tmp_path, device="cpu"), "instances.json")
+    line(lambda: speed.sentence_speed(TINY, tmp_path, device="cpu", batches=(1,)), "give one number for each batch")
+    line(lambda: speed.flops(TINY, 0), "batch is 0")
+    line(lambda: speed.flops("tiny"), "no configuration")
+    line(lambda: speed.report(tmp_path/"x.json", ["barleria-tyni"], device="cpu"), "barleria-tiny")
+
+
+def test_a_failed_process_ends_in_one_line():
+    line(lambda: speed._child("step", config={}, device="cpu", threads=1, precision="no", recompute=False, repeats=1, ways=["here"]), "a measurement failed", "name")
+
+
+def test_a_real_process_measures_time_and_memory():
+    found = speed.step_speed(TINY, device="cpu", threads=1, repeats=1, ways=("here",))["here"]
+    assert found["seconds"] > 0 and found["memory"] > 10**8 and found["ratio"] == 1
