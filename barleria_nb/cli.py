@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO', 'QUICK', 'PRECISIONS', 'LOGGERS', 'SPLITS', 'METRICS', 'CONTROLS', 'note', 'on_screen', 'one_line',
            'first_only', 'told', 'whole', 'positive', 'rate', 'fraction', 'data_home', 'open_data', 'report',
-           'barleria_params', 'Teller', 'barleria_train', 'barleria_runs', 'barleria_eval', 'barleria_segment',
-           'shipped_table', 'barleria_demo']
+           'barleria_params', 'Teller', 'barleria_train', 'barleria_runs', 'barleria_speed', 'barleria_eval',
+           'barleria_segment', 'shipped_table', 'barleria_demo']
 
 # %% ../nbs/17_cli.ipynb #2f23050f
 import argparse, functools, json, os, sys, time, warnings
@@ -280,6 +280,26 @@ def barleria_runs(
         for p, card in runs:
             best = f"{100 * card['best']['mIoU']:.2f} %" if card["best"] else "–" if card["done"] else "not done"
             print(f"{str(p.relative_to(folder)):<28}{card['settings'].get('config', '?'):<26}{best:>9}{card['steps']:>8,}{card['seconds']:>9,.0f}{card['settings'].get('seed', '?'):>6}  {card.get('commit') or '?'}, {card.get('hardware', '?')}")
+
+# %% ../nbs/17_cli.ipynb #5d7b204c
+@call_parse
+def barleria_speed(
+    configs:Param("configurations, such as dcris-b14; barleria-tiny when none is given", str, opt=False, nargs="*")=None, # names
+    out:str="speed.json", # file of the report; one that is there goes on where it was
+    batch:positive=None, # sentences per step (default: the configuration's)
+    device:str="auto", # auto, cpu, cuda, cuda:1 or mps
+    precision:Param("no, bf16, fp16; no and bf16 when none is given", str, choices=PRECISIONS, nargs="*")=None, # of the arithmetic
+    threads:positive=None, # of the processor (default: PyTorch's choice)
+    repeats:positive=3, # steps per way of computing, after one to warm up
+    debug:bool=False, # show a traceback when something fails
+):
+    "Measure steps, evaluated sentences, memory and loading beside what the machine's matrix products allow."
+    with told("barleria_speed", debug):
+        from barleria_nb.model import config
+        from barleria_nb.speed import report, speed_table
+        chosen = [config(c, **({} if batch is None else dict(batch=batch))) for c in configs or ["barleria-tiny"]]
+        report(out, chosen, device=device, precisions=tuple(precision or ("no", "bf16")), threads=threads, repeats=repeats, tell=lambda key: note("measuring " + " ".join(map(str, key))))
+        print(speed_table(out))
 
 # %% ../nbs/17_cli.ipynb #05dc8d76
 @call_parse

@@ -450,11 +450,11 @@ def _rates(device, threads):
 
 
 def speed_table(
-    folder, # of files that `report` wrote
+    folder, # of files that `report` wrote, or one of them
 )->str: # a line per configuration and precision
     "Show the reports of a folder side by side."
     lines = [("machine", "threads", "configuration", "precision", "batch", "s a step, best", "a second", "share", "GB", "GB recomputed", "plain", "s a sentence")]
-    for path in sorted(Path(folder).glob("*.json")):
+    for path in [Path(folder)] if Path(folder).is_file() else sorted(Path(folder).glob("*.json")):
         kept = read_json(path)
         if not isinstance(kept, dict) or kept.get("format") != REPORT: continue
         rows = {tuple(r["key"]): r for r in kept["rows"]}
