@@ -320,8 +320,9 @@ class Interrupts:
 def deaf(
     worker, # number of a loading process
 ):
-    "Let a loading process ignore Ctrl-C and SIGTERM, which reach all processes: the training process needs it until its step is done, and ends it."
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    "Let a loading process ignore Ctrl-C, which reaches all processes: the training process needs it until its step is done. SIGTERM must end it, as that is how it is ended."
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 # %% ../nbs/14_training.ipynb #37991240
 class Loop:
