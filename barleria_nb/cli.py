@@ -9,7 +9,7 @@ __all__ = ['DEMO', 'QUICK', 'PRECISIONS', 'LOGGERS', 'SPLITS', 'METRICS', 'CONTR
            'barleria_segment', 'shipped_table', 'barleria_demo']
 
 # %% ../nbs/17_cli.ipynb #2f23050f
-import argparse, functools, json, os, sys, time, warnings
+import argparse, json, os, sys, time, warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
@@ -150,7 +150,6 @@ def report(
     if cut: note(f"{cut} of {len(texts)} sentences are longer than {words} word pieces, start and end included; their ends are not read.")
 
 # %% ../nbs/17_cli.ipynb #d53bdca5
-@functools.cache
 def _params(name):
     "The ledger of one configuration, and what training its position tables would add."
     from barleria_nb.model import config, ledger

@@ -24,7 +24,7 @@ from .core import BarleriaError, asset, near, pick_device, read_json, write_json
 from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, config
-from .training import PRECISIONS, git_commit, hardware, optimiser, train_step
+from .training import check_precision, git_commit, hardware, optimiser, train_step
 
 # %% ../nbs/train/25_speed.ipynb #0bd8020f
 def _clock(device):
@@ -208,8 +208,7 @@ def _settled(config, device, precision, threads, ways=("here",)):
     "Check what can be checked before a process is started."
     if not isinstance(config, Config): raise BarleriaError(f"{str(config)[:60]!r} is no configuration; give config({str(config)[:60]!r}).")
     device = pick_device(str(device))
-    if precision not in PRECISIONS: raise BarleriaError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.{near(precision, PRECISIONS)}")
-    if precision == "fp16" and device.type == "cpu": raise BarleriaError("precision fp16 needs a GPU; use bf16 or no on a CPU.")
+    check_precision(precision, device)
     if threads is not None: _positive(threads, "threads")
     for w in ways:
         if w not in WAYS: raise BarleriaError(f"no way '{w}'; there is {', '.join(WAYS)}.{near(w, WAYS)}")

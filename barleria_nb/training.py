@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STATE', 'MOMENTS', 'PRECISIONS', 'LOGGERS', 'optimiser', 'lr_at', 'train_step', 'EpochOrder', 'Portions',
-           'full_state', 'save_state', 'load_state', 'git_commit', 'hardware', 'run_card', 'RunFolder', 'accelerator',
-           'explained', 'Interrupts', 'deaf', 'Loop', 'Keeper', 'Stopped', 'Trainer', 'train', 'logged', 'find_runs',
-           'data_name', 'first_refs', 'shuffled']
+           'full_state', 'save_state', 'load_state', 'git_commit', 'hardware', 'run_card', 'RunFolder',
+           'check_precision', 'accelerator', 'explained', 'Interrupts', 'deaf', 'Loop', 'Keeper', 'Stopped', 'Trainer',
+           'train', 'logged', 'find_runs', 'data_name', 'first_refs', 'shuffled']
 
 # %% ../nbs/14_training.ipynb #f4e060e6
 import csv, hashlib, io, json, math, platform, signal, subprocess, sys, threading, time
@@ -271,13 +271,21 @@ class RunFolder:
 # %% ../nbs/14_training.ipynb #16b1c73d
 PRECISIONS = ("no", "bf16", "fp16")
 
+def check_precision(
+    precision:str, # one of `PRECISIONS`?
+    device:torch.device, # which may lack it
+):
+    "A `BarleriaError` for a precision that is unknown, or that this device has not."
+    if precision not in PRECISIONS: raise BarleriaError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.{near(precision, PRECISIONS)}")
+    if precision == "fp16" and device.type == "cpu": raise BarleriaError("precision fp16 needs a GPU; use bf16 or no on a CPU.")
+
+
 def accelerator(
     precision:str, # "no" (32 bits), "bf16" or "fp16"
     device:torch.device, # where the model will be
 )->Accelerator: # its `autocast`, `backward`, optimiser wrapper and process numbers are used
     "Set up mixed precision and connect the processes, if there are several; a `BarleriaError` for what this device cannot do."
-    if precision not in PRECISIONS: raise BarleriaError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.{near(precision, PRECISIONS)}")
-    if precision == "fp16" and device.type == "cpu": raise BarleriaError("precision fp16 needs a GPU; use bf16 or no on a CPU.")
+    check_precision(precision, device)
     AcceleratorState._reset_state(True) # it allows one precision per process, for good; each run has its own
     try: return Accelerator(mixed_precision=precision, cpu=device.type == "cpu")
     except ValueError as e: raise BarleriaError(f"precision {precision} is beyond {device} ({' '.join(str(e).split())[:100]}); use no.") from e
@@ -346,7 +354,7 @@ class Loop:
         self.portions = Portions(EpochOrder(len(data), seed), config.batch, self.rank, self.world, accumulate)
         self.loader = DataLoader(self.data, batch_sampler=self.portions, collate_fn=collate, num_workers=workers, worker_init_fn=deaf, pin_memory=self.device.type == "cuda")
         self.model, self.epoch_steps = build_model(config, seed).to(self.device), self.portions.steps
-        self.steps, self.unreadable, self.skipped = self.epoch_steps * config.epochs, unreadable, {} # index of a ref that could not be read -> what is wrong
+        self.steps, self.unreadable, self.skipped = self.epoch_steps * config.epochs, unreadable, {} # its keys: indices of refs whose pictures could not be read, in the order they were met
         longest = self.model.encoder.text.length
         if config.words > longest: raise BarleriaError(f"{config.words} word pieces are more than the {longest} that {config.name} can read; give a smaller --words.")
         self.model.encoder.recompute, self.still = recompute, still if recompute else nullcontext

@@ -70,7 +70,7 @@ def ask(model, inputs):
 def same(a, b, atol): torch.testing.assert_close(a, b, rtol=0, atol=atol)
 
 
-def differ(a, b): return bool((a - b).abs().max() > 1e-4)
+def differ(a, b, by=.01): return bool((a - b).abs().max() > by)
 
 
 @pytest.fixture(scope="module")
@@ -87,19 +87,22 @@ SPEAKING = {  # the ways in which a method can change what the frozen model says
 }
 LAST = {  # by way: what must be zero for it to be silent, by name
     "flows": r"tuners\.\d\..*\.(mu|s|u)$", "series": r"tuners\.\d\.maps\.\w+\.2\.", "products": r"tuners\.\d\.maps\.\w+\.1\.(t|bias)$", "weights": r"\.additions\.\w+\.B$",
-    "bridges": r"\.stages\.\d+\.(norm_out|text_out)\.", "patches": r"tuners\.\d\.adapters\.\d+\.up\.", "words": r"tuners\.\d\.adapters\.\d+\.2\.",
+    "bridges": r"\.stages\.\d+\.(norm_out|text_out)\.", "patches": r"tuners\.0\.adapters\.\d+\.up\.", "words": r"tuners\.\d\.adapters\.\d+\.2\.",
     "convolved words": r"tuners\.1\.adapters\.\d+\.up\.", "door": r"^head\.side\.",
 }
 
 
+def frozen(model):
+    "The configuration of the frozen method on the same towers, with the same head."
+    return replace(tiny(f"frozen-{model.config.name.rsplit('-', 1)[1]}"), head=model.config.head)
+
+
 def hush(model, ways):
     "Last maps at zero; guests behind closed masks; towers that have not moved."
-    name = model.config.name
-    if "towers" in ways: model.encoder.load_state_dict(build_model(tiny(f"frozen-{name.rsplit('-', 1)[1]}")).encoder.state_dict())
-    tuner = {"patches": "tuners.0."}
+    if "towers" in ways: model.encoder.load_state_dict(build_model(frozen(model)).encoder.state_dict())
     with torch.no_grad():
         for n, p in parameters(model).items():
-            if any(re.search(LAST[way], n) and tuner.get(way, "") in n for way in set(ways) & set(LAST)): p.zero_()
+            if any(re.search(LAST[way], n) for way in set(ways) & set(LAST)): p.zero_()
     for tuner in model.encoder.tuners:
         if "guests" in ways and isinstance(tuner, Intertwine): tuner.guests = closed(tuner)
     return model
@@ -115,20 +118,19 @@ def closed(tuner):
 
 def still(model):
     "The frozen method with `model`'s head, less the side door."
-    c = model.config
-    frozen = build_model(replace(tiny(f"frozen-{c.name.rsplit('-', 1)[1]}"), head=c.head)).double().eval()
-    frozen.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if not n.startswith("side.")})
-    return frozen
+    plain = build_model(frozen(model)).double().eval()
+    plain.head.load_state_dict({n: t for n, t in model.head.state_dict().items() if not n.startswith("side.")})
+    return plain
 
 
 @every
 def test_1_identity(name):
     "All ways hushed: the frozen model, for numbers far from where they were built. Any one way open: not."
     ways, x = SPEAKING[method(name)], batch(dtype=torch.float64)
-    frozen = ask(still(exact(name)), x)
-    same(ask(hush(exact(name), ways), x), frozen, 1e-10)
-    for way in ways: assert differ(ask(hush(exact(name), set(ways) - {way}), x), frozen), way
-    assert frozen.std() > .1 and differ(frozen[:1], frozen[1:])  # the head does tell inputs apart
+    plain = ask(still(exact(name)), x)
+    same(ask(hush(exact(name), ways), x), plain, 1e-10)
+    for way in ways: assert differ(ask(hush(exact(name), set(ways) - {way}), x), plain, 1e-4), way  # DenseCross's share is small
+    assert plain.std() > .1 and differ(plain[:1], plain[1:])  # the head does tell inputs apart
 
 
 def test_1_global_network_starts_silent():
@@ -381,7 +383,7 @@ def test_6_precision(name):
     plain = learnt(model, batch())
     with torch.autocast("cpu", torch.bfloat16): mixed = learnt(model, batch())
     truth, whole = learnt(exact(name), batch(dtype=torch.float64)), learnt(model.bfloat16(), batch(dtype=torch.bfloat16))
-    assert max(off(truth, plain)) < 1e-3 and max(off(truth, mixed) + off(truth, whole)) < .15
+    assert max(off(truth, plain)) < 1e-4 and max(off(truth, mixed) + off(truth, whole)) < .15
 
 
 @every
