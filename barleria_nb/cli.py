@@ -235,6 +235,7 @@ def barleria_train(
     workers:whole=0, # processes that load data
     accumulate:positive=1, # parts in which a batch is computed, to save memory
     recompute:bool=False, # compute activations again on the way back, to save memory
+    compile:bool=False, # let torch.compile join small steps; the start takes a minute or more (for GPUs)
     save_steps:positive=500, # steps from one saved state to the next
     skip:bool=False, # leave out corrections whose gradient is not finite, instead of stopping
     unreadable:fraction=0., # share of objects whose pictures may be unreadable
@@ -252,7 +253,7 @@ def barleria_train(
         val = "val" if "val" in refset.splits else None
         if not val: note(f"{data} has no split 'val': the last epoch is kept.")
         card = training.train(settings, refset, out, seed=seed, val=val, val_refs=val_refs, shuffle_sentences=shuffle_sentences, device=device,
-            precision=precision, workers=workers, accumulate=accumulate, recompute=recompute, save_steps=save_steps, skip=skip, unreadable=unreadable,
+            precision=precision, workers=workers, accumulate=accumulate, recompute=recompute, compile=compile, save_steps=save_steps, skip=skip, unreadable=unreadable,
             progress=on_screen(), tell=Teller(settings.epochs), logger=logger)
         print(_best(card))
         if card.get("left_out"): note(f"{card['left_out']} corrections were left out: their gradients were not finite.")

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze', 'count', 'trainable', 'Traced', 'ShapeTable',
-           'shape_trace', 'show_image', 'show_mask', 'show_grid', 'pick_device', 'atomic', 'write_json', 'read_json',
-           'asset']
+           'shape_trace', 'show_image', 'show_mask', 'show_grid', 'pick_device', 'can_onednn', 'onednn', 'atomic',
+           'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
-import difflib, errno, hashlib, json, math, os, random
+import difflib, errno, hashlib, json, math, os, platform, random, time
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -192,6 +192,46 @@ def pick_device(
     if index and not (index.isascii() and index.isdigit()) or int(index or 0) >= have[kind]:
         raise BarleriaError(f"device '{name}' is not on this machine; use auto or cpu.")
     return torch.device(kind, int(index)) if index else torch.device(kind)
+
+# %% ../nbs/00_core.ipynb #0fa1dae2
+def can_onednn()->bool: # else `onednn` does nothing
+    "Whether this PyTorch lets us choose who multiplies, and the processor is one that MKL leaves half idle."
+    able = hasattr(torch.library, "get_kernel") and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    return able and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
+
+
+def _maker():
+    "Who made the processor, as it says itself."
+    try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("vendor_id"))
+    except (OSError, StopIteration): return platform.processor().split(", ")[-1]
+
+
+def _fits(a, b):
+    "Large, 32 bits, and no row repeated: what oneDNN is given."
+    return a.dtype == b.dtype == torch.float32 and a.shape[0] * a.shape[1] * b.shape[1] >= 2**20 and all(s > 0 for s in (*a.stride(), *b.stride()))
+
+
+_changed = [] # what `onednn` has put in place, once however often it is nested
+
+@contextmanager
+def onednn():
+    "Large 32-bit matrix products on the CPU by oneDNN, in the whole process; within it again, or where `can_onednn` says no, nothing changes."
+    if _changed or not can_onednn():
+        yield
+        return
+    library, product = torch.library.Library("aten", "IMPL"), torch.ops.mkldnn._linear_pointwise.default
+    usual = {k: torch.library.get_kernel(f"aten::{k}", "CPU") for k in ("mm", "addmm")}
+
+    def mm(keys, a, b): return product(a, b.t(), None, "none", [], "") if _fits(a, b) else usual["mm"].call_boxed(keys, a, b)
+
+    def addmm(keys, c, a, b, *, beta=1, alpha=1):
+        plain = beta == alpha == 1 and c.shape == b.shape[1:] and c.dtype == torch.float32 and c.is_contiguous()
+        return product(a, b.t(), c, "none", [], "") if plain and _fits(a, b) else usual["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
+
+    for name, kernel in (("mm", mm), ("addmm", addmm)): library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
+    _changed.append(library)
+    try: yield
+    finally: _changed.pop()._destroy()
 
 # %% ../nbs/00_core.ipynb #ea8613c1
 REMEDY = {

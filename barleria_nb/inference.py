@@ -20,7 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
 
-from .core import BarleriaError, atomic, pick_device, show_image, show_mask, stable_hash, write_json
+from .core import BarleriaError, atomic, onednn, pick_device, show_image, show_mask, stable_hash, write_json
 from .data import MAX_PIXELS, Letterbox, RefSet, _rgb, _upright, normalise, read_image, tokenize
 from .metrics import THRESHOLD, counts, iou
 from .model import RISModel, load_tuned
@@ -123,6 +123,7 @@ class Segmenter:
         grids = self.grids(torch.from_numpy(box.image(image)), torch.cat([t.ids for t in tokens]), torch.cat([t.words for t in tokens]))
         return [Result(image, s, box.inverse(g).numpy(), threshold, t.truncated > 0) for s, g, t in zip(sentences, grids, tokens)]
 
+    @onednn()
     @torch.inference_mode()
     def grids(self,
         square:Tensor, # (S, S, 3) uint8: one image, letterboxed

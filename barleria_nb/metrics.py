@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .core import BarleriaError, read_json
+from .core import BarleriaError, onednn, read_json
 from .data import Letterbox, RefDataset, RefSet, _index, _whole, collate, decode_mask, normalise
 from .loss import resize_target
 
@@ -204,7 +204,7 @@ def evaluate(
     was_training = isinstance(model, nn.Module) and model.training
     if was_training: model.eval()
     try:
-        with torch.inference_mode():
+        with onednn(), torch.inference_mode():
             for part in tqdm(DataLoader(data, batch_sampler=_portions(len(data), batch, shared), collate_fn=collate), "evaluate", disable=not progress, leave=False):
                 answers, pairs = _answers(model, part, device), [data.pair(i) for i in part["index"].tolist()]
                 for rows in _alike([ref for ref, _ in pairs]):

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'TASKS', 'REPORT', 'best_seconds', 'matmul_peak', 'bandwidth', 'random_batch', 'flops', 'floor_seconds',
-           'written_attention', 'three_gelus', 'slow_adam', 'can_onednn', 'onednn', 'plain', 'here', 'step_speed',
-           'step_profile', 'sentence_speed', 'loader_speed', 'report', 'speed_table']
+           'written_attention', 'three_gelus', 'slow_adam', 'channels_last', 'mkl', 'plain', 'here', 'measured',
+           'step_speed', 'step_profile', 'sentence_speed', 'loader_speed', 'report', 'speed_table']
 
 # %% ../nbs/train/25_speed.ipynb #536cc233
-import json, os, platform, statistics, subprocess, sys, time, warnings
+import json, os, platform, shutil, statistics, subprocess, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,10 +20,11 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import QuickMLP
-from .core import BarleriaError, asset, near, pick_device, read_json, write_json
+from .core import BarleriaError, asset, near, can_onednn, onednn, pick_device, read_json, write_json
 from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, config
+from .scale import compiled
 from .training import check_precision, git_commit, hardware, optimiser, train_step
 
 # %% ../nbs/train/25_speed.ipynb #0bd8020f
@@ -58,11 +59,11 @@ def matmul_peak(
     dtype:torch.dtype=torch.float32, # of both matrices
     size:int|None=None, # of their sides; None: 2048 on a CPU, 8192 elsewhere
 )->float: # operations per second
-    "Rate of a large matrix product by PyTorch's own `@`."
+    "Rate of a large matrix product by PyTorch's own `@`, within `onednn`."
     device = pick_device(str(device))
     n = size or (2048 if device.type == "cpu" else 8192)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    return 2 * n**3 / best_seconds(lambda: a @ b, device)
+    with onednn(): return 2 * n**3 / best_seconds(lambda: a @ b, device)
 
 
 def bandwidth(
@@ -151,37 +152,24 @@ def slow_adam(
         for g, fused in zip(adam.param_groups, before): g["fused"] = fused
 
 
-def can_onednn()->bool: # else `onednn` does nothing
-    "Whether this PyTorch lets us choose who multiplies matrices."
-    return hasattr(torch.library, "get_kernel") and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
-
-
-def _fits(a, b):
-    "Large, 32 bits, and no row repeated: what oneDNN is given."
-    return a.dtype == b.dtype == torch.float32 and a.shape[0] * a.shape[1] * b.shape[1] >= 2**20 and all(s > 0 for s in (*a.stride(), *b.stride()))
+@contextmanager
+def channels_last(
+    model:nn.Module, # its head is laid out anew for a while
+    adam:torch.optim.Optimizer, # not changed
+):
+    "The head's convolutions with the channels innermost in memory."
+    model.head.to(memory_format=torch.channels_last)
+    try: yield
+    finally: model.head.to(memory_format=torch.contiguous_format)
 
 
 @contextmanager
-def onednn(
-    model:nn.Module|None=None, # not changed
-    adam:torch.optim.Optimizer|None=None, # not changed
+def mkl(
+    model:nn.Module, # not changed
+    adam:torch.optim.Optimizer, # not changed
 ):
-    "Large 32-bit matrix products on the CPU by oneDNN, forward and backward, in the whole process; equal up to rounding."
-    if not can_onednn():
-        yield
-        return
-    library, product = torch.library.Library("aten", "IMPL"), torch.ops.mkldnn._linear_pointwise.default
-    usual = {k: torch.library.get_kernel(f"aten::{k}", "CPU") for k in ("mm", "addmm")}
-
-    def mm(keys, a, b): return product(a, b.t(), None, "none", [], "") if _fits(a, b) else usual["mm"].call_boxed(keys, a, b)
-
-    def addmm(keys, c, a, b, *, beta=1, alpha=1):
-        plain = beta == alpha == 1 and c.shape == b.shape[1:] and c.dtype == torch.float32 and c.is_contiguous()
-        return product(a, b.t(), c, "none", [], "") if plain and _fits(a, b) else usual["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
-
-    for name, kernel in (("mm", mm), ("addmm", addmm)): library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
-    try: yield
-    finally: library._destroy()
+    "Matrix products by whom PyTorch chooses."
+    yield
 
 
 @contextmanager
@@ -189,7 +177,7 @@ def plain(
     model:nn.Module, # not changed
     adam:torch.optim.Optimizer, # tensor by tensor for a while
 ):
-    "All three tricks off."
+    "All four tricks off."
     with written_attention(model, adam), three_gelus(model, adam), slow_adam(model, adam): yield
 
 
@@ -201,7 +189,19 @@ def here(
     "The library as it is."
     yield
 
-WAYS = {f.__name__: f for f in (here, plain, written_attention, three_gelus, slow_adam, onednn)}
+WAYS = {f.__name__: f for f in (here, plain, written_attention, three_gelus, slow_adam, mkl, channels_last)}
+
+
+def measured(
+    way:str, # a key of `WAYS`
+    model:nn.Module, # as the way needs it
+    adam:torch.optim.Optimizer, # as the way needs it
+)->ExitStack: # a context
+    "A way, and oneDNN where the way does not leave it out."
+    stack = ExitStack()
+    if way not in ("plain", "mkl"): stack.enter_context(onednn())
+    stack.enter_context(WAYS[way](model, adam))
+    return stack
 
 # %% ../nbs/train/25_speed.ipynb #75438439
 def _settled(config, device, precision, threads, ways=("here",)):
@@ -249,12 +249,13 @@ def _peak_memory(device):
         return used if sys.platform == "darwin" else 1024 * used
 
 
-def _made(config, device, threads, recompute=False):
+def _made(config, device, threads, recompute=False, compile=False):
     "Model, Adam and a batch in this process."
     if threads: torch.set_num_threads(threads)
     c, device = Config(**config), torch.device(device)
     model = build_model(c).to(device)
     model.encoder.recompute = recompute
+    if compile: compiled(model)
     return c, device, model, optimiser(model, c.lr), random_batch(c, device)
 
 
@@ -266,13 +267,13 @@ def _one_step(model, adam, batch, device, precision):
     adam.step()
 
 
-def _step_task(config, device, precision, recompute, threads, repeats, ways):
+def _step_task(config, device, precision, recompute, compile, threads, repeats, ways):
     "What `step_speed` does in its process."
-    c, device, model, adam, batch = _made(config, device, threads, recompute)
+    c, device, model, adam, batch = _made(config, device, threads, recompute, compile)
     times, memory = {w: [] for w in ways}, dict.fromkeys(ways, 0)
     for turn in range(repeats + 1): # the first one warms up
         for w in ways:
-            with WAYS[w](model, adam):
+            with measured(w, model, adam):
                 _forget_peak(device)
                 start = _clock(device)
                 _one_step(model, adam, batch, device, precision)
@@ -287,13 +288,14 @@ def step_speed(
     device="auto", # see `pick_device`
     precision:str="no", # "no", "bf16" or, on a GPU, "fp16"
     recompute:bool=False, # compute activations again on the way back
+    compile:bool=False, # for `compiled`; compiling is not measured
     threads:int|None=None, # of the CPU; None: PyTorch's choice
     repeats:int=3, # steps per way, after one to warm up
     ways=("here", "plain"), # keys of `WAYS`, measured by turns
 )->dict: # for each way its median `seconds`, `best`, `samples_per_second`, peak `memory` in bytes, and `ratio` of its best to that of the first way
     "Measure training steps on random data of the right shape, in a process of their own; a `BarleriaError` for settings that cannot be."
     device = _settled(config, device, precision, threads, ways)
-    found = _child("step", config=asdict(config), device=device, precision=precision, recompute=recompute, threads=threads, repeats=_positive(repeats, "repeats"), ways=list(ways))
+    found = _child("step", config=asdict(config), device=device, precision=precision, recompute=recompute, compile=compile, threads=threads, repeats=_positive(repeats, "repeats"), ways=list(ways))
     first = found[ways[0]]["best"]
     return {w: row | dict(ratio=row["best"] / first) for w, row in found.items()}
 
@@ -302,10 +304,11 @@ def _profile_task(config, device, precision, threads, top):
     "What `step_profile` does in its process."
     c, device, model, adam, batch = _made(config, device, threads)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
-    _one_step(model, adam, batch, device, precision)
-    with torch.profiler.profile(activities=kinds) as seen:
+    with onednn():
         _one_step(model, adam, batch, device, precision)
-        _clock(device)
+        with torch.profiler.profile(activities=kinds) as seen:
+            _one_step(model, adam, batch, device, precision)
+            _clock(device)
     spent = lambda e: (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e6
     rows = sorted(((e.key, spent(e), e.count) for e in seen.key_averages()), key=lambda r: -r[1])
     return dict(total=sum(r[1] for r in rows), rows=[dict(name=n, seconds=s, calls=k) for n, s, k in rows[:top]])
@@ -390,11 +393,12 @@ def _plan(configs, precisions, growth, folder, device):
         key, quick = (c.name, c.batch), c.backbone.startswith("tiny") or device.type != "cpu"
         n = dict(batches=(1, 64), sentences=(16, 64)) if quick else dict(batches=(1, 8), sentences=(4, 8))
         for p in precisions:
-            tricks = ("written_attention", "three_gelus", "slow_adam") + ("onednn",) * (p == "no" and device.type == "cpu")
+            tricks = ("written_attention", "three_gelus", "slow_adam", "channels_last") + ("mkl",) * can_onednn()
             rows["step", *key, p, False] = lambda s, r, c=c, p=p: dict(step_speed(c, precision=p, repeats=r, **s), flops=flops(c, c.batch))
             rows["sentence", *key, p, False] = lambda s, r, c=c, p=p, n=n: sentence_speed(c, folder, precision=p, **s, **n)
             rows["profile", *key, p, False] = lambda s, r, c=c, p=p: step_profile(c, precision=p, **s)
             rows["step", *key, p, True] = lambda s, r, c=c, p=p: step_speed(c, precision=p, recompute=True, ways=("here",), repeats=r, **s)
+            if shutil.which("g++") or shutil.which("cl"): rows["compiled", *key, p, False] = lambda s, r, c=c, p=p: step_speed(c, precision=p, compile=True, ways=("mkl",), repeats=r + 1, **s)
             rows["ways", *key, p, False] = lambda s, r, c=c, p=p, t=tricks: step_speed(c, precision=p, ways=("here", *t), repeats=r, **s)
         rows["loader", *key, "", False] = lambda s, r, c=c: loader_speed(RefSet.read(folder), size=c.size, length=c.words)
         for changes in growth if k == 0 else ():

@@ -24,12 +24,12 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 
 from . import __version__
-from .core import BarleriaError, atomic, count, near, pick_device, read_json, stable_hash, write_json
+from .core import BarleriaError, atomic, count, near, onednn, pick_device, read_json, stable_hash, write_json
 from .data import RefDataset, RefSet, collate, normalise
 from .loss import batch_iou, text_to_pixel_loss
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, read_note, read_tensors, save_tuned, towers_hash, tuned_state, write_tensors
-from .scale import spread, statistics, still
+from .scale import compiled, spread, statistics, still
 
 # %% ../nbs/14_training.ipynb #57c99982
 def optimiser(
@@ -344,6 +344,7 @@ class Loop:
         workers:int=0, # of the loader
         accumulate:int=1, # parts in which each process computes its share of a batch, to save memory
         recompute:bool=False, # compute activations again on the way back, to save memory
+        compile:bool=False, # for `compiled`
         unreadable:float=0., # share of refs whose pictures may be unreadable; others then take their places
     ):
         if len(data) < config.batch: raise BarleriaError(f"{data.name} has {len(data)} refs, fewer than one batch of {config.batch}; give a smaller --batch.")
@@ -358,6 +359,7 @@ class Loop:
         longest = self.model.encoder.text.length
         if config.words > longest: raise BarleriaError(f"{config.words} word pieces are more than the {longest} that {config.name} can read; give a smaller --words.")
         self.model.encoder.recompute, self.still = recompute, still if recompute else nullcontext
+        if compile: compiled(self.model)
         self.net, self.optimiser, self.marks = spread(self.model, accumulate), optimiser(self.model, config.lr), []
         self.adam = self.accelerator.prepare(self.optimiser)
         self.statistics = statistics(self.model)
@@ -624,6 +626,7 @@ def train(
     workers:int=0, # processes that load data; 0 is fastest for small pictures
     accumulate:int=1, # parts in which a batch is computed, to save memory (batch normalisation then sees a part at a time)
     recompute:bool=False, # compute activations again on the way back, to save memory; no number changes
+    compile:bool=False, # let `torch.compile` join small steps, at the cost of a minute or more at the start: for GPUs
     save_steps:int=500, # steps from one saved state to the next, within an epoch
     skip:bool=False, # leave out corrections whose gradient is not finite, and count them; False: stop at the first
     unreadable:float=0., # share of refs whose pictures may be unreadable; others take their places, and the card names them
@@ -637,15 +640,15 @@ def train(
     a loss or gradient that is no longer finite, memory that does not suffice, and a file that cannot be read or written; what was saved before is kept."""
     settings = {k: v for k, v in asdict(config).items() if k != "name"}
     settings = dict(config=config.name, **settings, data=data_name(data), seed=seed, val=val, val_refs=val_refs, shuffle_sentences=shuffle_sentences, precision=precision)
-    settings |= {k: v for k, v, usual in (("accumulate", accumulate, 1), ("skip", skip, False), ("unreadable", unreadable, 0.)) if v != usual}
+    settings |= {k: v for k, v, usual in (("accumulate", accumulate, 1), ("compile", compile, False), ("skip", skip, False), ("unreadable", unreadable, 0.)) if v != usual}
     folder = RunFolder(out, settings, tell)
     card = folder.finished()
     if card: return card
     pictures = data.split("train")
     if shuffle_sentences: pictures = shuffled(pictures, seed)
     judge = None if val is None else first_refs(data.split(val), val_refs)
-    loop = Loop(config, pictures, seed, pick_device(str(device)), precision, workers, accumulate, recompute, unreadable)
-    with logged(logger if loop.rank == 0 else None, folder): return Trainer(loop, judge, folder, progress, save_steps, skip).run()
+    loop = Loop(config, pictures, seed, pick_device(str(device)), precision, workers, accumulate, recompute, compile, unreadable)
+    with onednn(), logged(logger if loop.rank == 0 else None, folder): return Trainer(loop, judge, folder, progress, save_steps, skip).run()
 
 # %% ../nbs/14_training.ipynb #6de4af97
 LOGGERS = ("tensorboard", "trackio", "wandb")

@@ -8,7 +8,7 @@ from torch import nn
 from barleria_nb.head import conv_layer
 from barleria_nb.loss import text_to_pixel_loss
 from barleria_nb.model import build_model, config
-from barleria_nb.scale import SharedNorm, share_norms, spread, still
+from barleria_nb.scale import SharedNorm, compiled, computing, share_norms, spread, still
 from barleria_nb.training import optimiser
 from common import line
 
@@ -104,3 +104,33 @@ def test_still_ends_with_its_block():
     for n, t in net.state_dict().items(): assert torch.equal(t, before[n]), n
     net(torch.randn(4, 2))
     assert net[0].num_batches_tracked == net[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_compiled_computes(name):
+    "Every part can be called, and between them they hold all numbers of the tuners that are called at all."
+    tuners = build_model(config(name, pretrained=False)).encoder.tuners
+    parts = computing(tuners)
+    assert not any(isinstance(m, (nn.ModuleList, nn.ModuleDict)) for m in parts)
+    held = {id(p) for m in parts for p in m.parameters()}
+    alone = {id(p) for t in tuners for q in t.modules() if isinstance(q, nn.ParameterList) for p in q}
+    assert held | alone >= {id(p) for p in tuners.parameters()}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", KINDS)
+def test_compiling(name):
+    "The same gradients up to rounding, under the same names; with recomputation too."
+    g = torch.Generator().manual_seed(0)
+    image, ids, mask = torch.randn(3, 3, 64, 64, generator=g), torch.randint(300, 400, (3, 9), generator=g), torch.rand(3, 1, 64, 64, generator=g)
+    found = []
+    for change, recompute in ((lambda m: m, False), (compiled, False), (compiled, True)):
+        model = change(build_model(config(name, pretrained=False))).train()
+        model.encoder.recompute = recompute
+        torch.manual_seed(1)
+        loss = text_to_pixel_loss(model(image, ids, torch.ones(3, 9, dtype=torch.bool)), mask)
+        with still(model): loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad} | {n: b for n, b in model.named_buffers() if b.is_floating_point()})
+    for other in found[1:]:
+        assert list(other) == list(found[0])
+        for n, t in found[0].items(): assert (t - other[n]).norm() <= 1e-3 * t.norm() + 1e-6, n
