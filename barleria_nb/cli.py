@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DEMO', 'QUICK', 'PRECISIONS', 'LOGGERS', 'SPLITS', 'METRICS', 'CONTROLS', 'note', 'on_screen', 'one_line',
            'first_only', 'told', 'whole', 'positive', 'rate', 'fraction', 'data_home', 'open_data', 'report',
-           'barleria_params', 'Teller', 'barleria_train', 'barleria_runs', 'barleria_speed', 'barleria_eval',
-           'barleria_segment', 'shipped_table', 'barleria_demo']
+           'barleria_params', 'Teller', 'barleria_train', 'barleria_runs', 'barleria_speed', 'barleria_bench',
+           'barleria_eval', 'barleria_segment', 'shipped_table', 'barleria_demo']
 
 # %% ../nbs/17_cli.ipynb #2f23050f
 import argparse, json, os, sys, time, warnings
@@ -300,6 +300,39 @@ def barleria_speed(
         chosen = [config(c, **({} if batch is None else dict(batch=batch))) for c in configs or ["barleria-tiny"]]
         report(out, chosen, device=device, precisions=tuple(precision or ("no", "bf16")), threads=threads, repeats=repeats, tell=lambda key: note("measuring " + " ".join(map(str, key))))
         print(speed_table(out))
+
+# %% ../nbs/17_cli.ipynb #e437c3a1
+@call_parse
+def barleria_bench(
+    out:Param("folder of the bench; one that is there goes on where it was", str, required=True)=None, # where to
+    methods:Param("methods, such as frozen snf barleria dcris; none: show what the folder holds", str, nargs="+")=None, # names without an ending
+    towers:Param("towers, such as tiny or b16 (default: tiny tinydino)", str, nargs="+")=None, # endings
+    data:Param("drawn sets or folders; val of the first chooses the learning rates (default: refshapes)", str, nargs="+")=None, # where from
+    seeds:Param("seeds (default: 0 1 2)", whole, nargs="+")=None, # of everything random
+    lrs:Param("learning rates to try (default: 0.00025 0.0005 0.001)", rate, nargs="+")=None, # the grid
+    epochs:positive=1, # over the train split
+    batch:positive=32, # sentences per step
+    jobs:positive=1, # runs at a time
+    threads:positive=None, # of the processor for each run (default: its cores divided by the jobs)
+    device:str="auto", # auto, cpu, cuda, cuda:1 or mps
+    precision:Param("no (32 bits), bf16 or fp16", str, choices=PRECISIONS)="no", # of the arithmetic
+    figure:str=None, # draw scores against size and time, and the curves, into this PNG file, a data set each
+    debug:bool=False, # show a traceback when something fails
+):
+    "Train and score methods under one budget, with several seeds; one JSON file per run, and a table."
+    with told("barleria_bench", debug, "stopped; the same command goes on from there."):
+        from barleria_nb import bench
+        from barleria_nb.inference import save_figure
+        if methods:
+            from barleria_nb.core import pick_device
+            budget = bench.Budget(epochs, batch, tuple(lrs or bench.Budget.lrs), precision, pick_device(device).type)
+            folders = {Path(d).name: open_data(d, "val").root for d in data or ["refshapes"]}
+            finished = lambda r: note(f"{bench.Run(**r['run']).place}: val mIoU {100 * r['mIoU']:.1f} %, {r['seconds']:.0f} s")
+            bench.Bench(out, methods, folders, towers=towers or ("tiny", "tinydino"), seeds=seeds or (0, 1, 2), budget=budget, jobs=jobs, threads=threads, tell=finished).run()
+        rows = bench.read_bench(out)
+        for name in dict.fromkeys(r["run"]["data"] for r in rows):
+            print(f"{name}\n{bench.bench_table(rows, name)}")
+            if figure: save_figure(Path(figure).with_stem(f"{Path(figure).stem}-{name}"), bench.bench_figure(rows, name))
 
 # %% ../nbs/17_cli.ipynb #05dc8d76
 @call_parse

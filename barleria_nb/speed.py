@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'TASKS', 'REPORT', 'best_seconds', 'matmul_peak', 'bandwidth'
            'step_speed', 'step_profile', 'sentence_speed', 'loader_speed', 'report', 'speed_table']
 
 # %% ../nbs/train/25_speed.ipynb #536cc233
-import json, os, platform, shutil, statistics, subprocess, sys, time, warnings
+import json, platform, shutil, statistics, sys, time, warnings
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .core import BarleriaError, asset, near, can_onednn, onednn, pick_device, r
 from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, config
-from .scale import compiled
+from .scale import apart, compiled, forget_peak, peak_memory
 from .training import check_precision, git_commit, hardware, optimiser, train_step
 
 # %% ../nbs/train/25_speed.ipynb #0bd8020f
@@ -217,13 +217,8 @@ def _settled(config, device, precision, threads, ways=("here",)):
 
 def _child(task, **arguments):
     "Run one of `TASKS` in a process of its own and return what it returns."
-    code = "import sys, json; from barleria_nb.speed import TASKS; a = json.load(sys.stdin); r = TASKS[a.pop('task')](**a); print('\\n' + json.dumps(r))"
-    env = dict(os.environ)
-    if arguments.get("threads"): env["OMP_NUM_THREADS"] = str(arguments["threads"])
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=json.dumps(dict(task=task, **arguments)), capture_output=True, text=True, env=env)
-    if done.returncode == 0: return json.loads(done.stdout.strip().splitlines()[-1])
-    said = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, perhaps for want of memory"])[-1]
-    raise BarleriaError(f"a measurement failed ({said.split('BarleriaError: ')[-1][:240]}); a smaller batch needs less memory.")
+    try: return apart(f"barleria_nb.speed.{TASKS[task].__name__}", **arguments)
+    except BarleriaError as e: raise BarleriaError(f"a measurement failed ({e}); a smaller batch needs less memory.") from e
 
 
 def _autocast(device, precision):
@@ -231,27 +226,8 @@ def _autocast(device, precision):
     return nullcontext() if precision == "no" else torch.autocast(device.type, dict(bf16=torch.bfloat16, fp16=torch.float16)[precision])
 
 
-def _forget_peak(device):
-    "Start to watch memory anew."
-    if device.type == "cuda": torch.cuda.reset_peak_memory_stats(device)
-    else:
-        try: Path("/proc/self/clear_refs").write_text("5")
-        except OSError: pass # then the peak is that since the process began
-
-
-def _peak_memory(device):
-    "Bytes: of the GPU's memory, else of the whole process'."
-    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
-    try: return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        import resource
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return used if sys.platform == "darwin" else 1024 * used
-
-
-def _made(config, device, threads, recompute=False, compile=False):
+def _made(config, device, recompute=False, compile=False):
     "Model, Adam and a batch in this process."
-    if threads: torch.set_num_threads(threads)
     c, device = Config(**config), torch.device(device)
     model = build_model(c).to(device)
     model.encoder.recompute = recompute
@@ -267,18 +243,18 @@ def _one_step(model, adam, batch, device, precision):
     adam.step()
 
 
-def _step_task(config, device, precision, recompute, compile, threads, repeats, ways):
+def _step_task(config, device, precision, recompute, compile, repeats, ways):
     "What `step_speed` does in its process."
-    c, device, model, adam, batch = _made(config, device, threads, recompute, compile)
+    c, device, model, adam, batch = _made(config, device, recompute, compile)
     times, memory = {w: [] for w in ways}, dict.fromkeys(ways, 0)
     for turn in range(repeats + 1): # the first one warms up
         for w in ways:
             with measured(w, model, adam):
-                _forget_peak(device)
+                forget_peak(device)
                 start = _clock(device)
                 _one_step(model, adam, batch, device, precision)
                 times[w].append(_clock(device) - start)
-                memory[w] = max(memory[w], _peak_memory(device))
+                memory[w] = max(memory[w], peak_memory(device))
     return {w: dict(seconds=statistics.median(t[1:]), best=min(t[1:]), all_seconds=t[1:], samples_per_second=c.batch / statistics.median(t[1:]), memory=memory[w]) for w, t in times.items()}
 
 
@@ -300,9 +276,9 @@ def step_speed(
     return {w: row | dict(ratio=row["best"] / first) for w, row in found.items()}
 
 # %% ../nbs/train/25_speed.ipynb #88401ad6
-def _profile_task(config, device, precision, threads, top):
+def _profile_task(config, device, precision, top):
     "What `step_profile` does in its process."
-    c, device, model, adam, batch = _made(config, device, threads)
+    c, device, model, adam, batch = _made(config, device)
     kinds = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * (device.type == "cuda")
     with onednn():
         _one_step(model, adam, batch, device, precision)
@@ -327,9 +303,9 @@ def step_profile(
     return _child("profile", config=asdict(config), device=device, precision=precision, threads=threads, top=_positive(top, "top"))
 
 # %% ../nbs/train/25_speed.ipynb #99cf7728
-def _sentence_task(config, device, precision, threads, batches, sentences, folder):
+def _sentence_task(config, device, precision, batches, sentences, folder):
     "What `sentence_speed` does in its process."
-    c, device, model, _, _ = _made(config, device, threads)
+    c, device, model, _, _ = _made(config, device)
     data, found = RefSet.read(folder), {}
     for b, n in zip(batches, sentences):
         refs, left = [], n
@@ -339,11 +315,11 @@ def _sentence_task(config, device, precision, threads, batches, sentences, folde
         some, few = RefSet(data.root, refs), RefSet(data.root, [replace(refs[0], sentences=refs[0].sentences[:1])])
         with _autocast(device, precision):
             evaluate(model, few, size=c.size, length=c.words, batch=b, device=device, progress=False) # warm up
-            _forget_peak(device)
+            forget_peak(device)
             start = _clock(device)
             scores = evaluate(model, some, size=c.size, length=c.words, batch=b, device=device, progress=False)
             seconds = (_clock(device) - start) / len(scores)
-        found[str(b)] = dict(seconds=seconds, sentences=len(scores), memory=_peak_memory(device))
+        found[str(b)] = dict(seconds=seconds, sentences=len(scores), memory=peak_memory(device))
     return found
 
 

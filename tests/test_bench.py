@@ -1,0 +1,146 @@
+"The bench: rounds, resuming, folders of others, hostile files, tables by hand."
+import json
+
+import pytest
+from common import line
+from filelock import FileLock
+
+from barleria_nb import bench
+from barleria_nb.bench import BENCH, PAIRS, Bench, Budget, Run
+from barleria_nb.core import BarleriaError
+from barleria_nb.scale import apart
+from barleria_nb.shapes import make_refshapes
+
+BUDGET = Budget(batch=16, lrs=(1e-3, 1e-4))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bench") / "refshapes"
+    make_refshapes(folder, scenes=dict(train=8, val=2, testA=2, testB=1), progress=False)
+    return folder
+
+
+@pytest.fixture
+def inside(monkeypatch):
+    "Runs in this process, and few pairs; the places of what was run."
+    ran = []
+    def here(function, threads, **arguments):
+        assert function == "barleria_nb.bench._bench_task"
+        ran.append((Run(**arguments["run"]).place, arguments["whole"]))
+        return json.loads(json.dumps(bench._bench_task(**json.loads(json.dumps(arguments)))))
+    monkeypatch.setattr(bench, "apart", here)
+    monkeypatch.setattr(bench, "PAIRS", 2)
+    return ran
+
+
+def files(folder): return {p: p.read_bytes() for p in folder.rglob("*.json")}
+
+
+def test_rounds_and_what_is_there_is_not_done_again(data, inside, tmp_path):
+    "Grid on val alone, then the chosen ones whole; the same call changes nothing; one more seed costs one more run a method."
+    out, told = tmp_path / "b", []
+    make = lambda **k: Bench(out, ("frozen", "lora"), dict(refshapes=data), towers=("tiny",), budget=BUDGET, tell=told.append, **dict(dict(seeds=(0,)), **k))
+    rows = make().run()
+    assert [w for _, w in inside] == [False] * 4 + [True] * 2 and len(rows) == len(told) == 6
+    found = bench.read_bench(out)
+    assert len(found) == 4 and sum(r["whole"] for r in found) == 2
+    for name in ("frozen-tiny", "lora-tiny"):
+        grid = {r["run"]["lr"]: r["mIoU"] for r in found if r["run"]["config"] == name}
+        (chosen,) = [r for r in found if r["run"]["config"] == name and r["whole"]]
+        assert grid[chosen["run"]["lr"]] == max(grid.values()) and chosen["run"]["lr"] == bench.best_lr(found, name)
+    for r in found:
+        assert {"config", "data", "seed", "commit", "hardware", "budget", "mIoU", "oIoU", "Pr@0.5", "curve", "seconds", "memory", "tuned"} <= r.keys()
+        assert set(r["splits"]) == ({"val", "testA", "testB"} if r["whole"] else {"val"}) and bool(r["probe"]) == r["whole"]
+        assert r["memory"] > 1e8 and r["steps"] == r["curve"][-1][0] and r["mIoU"] == r["splits"]["val"]["mIoU"]
+    before = files(out)
+    make().run()
+    assert files(out) == before
+    inside.clear()
+    make(seeds=(0, 1)).run()
+    assert len(bench.read_bench(out)) == 6 and all(files(out)[p] == b for p, b in before.items())
+    table = bench.bench_table(bench.read_bench(out), "refshapes")
+    assert len(table.splitlines()) == 3 and "frozen-tiny" in table and "±" in table
+
+
+def test_a_killed_run_goes_on_and_a_failed_one_spares_the_others(data, inside, tmp_path, monkeypatch):
+    out, task = tmp_path / "b", bench._bench_task
+    def stumble(run, **a):
+        if run["config"] == "lora-tiny": raise BarleriaError("no memory left")
+        return task(run, **a)
+    make = lambda: Bench(out, ("lora", "frozen"), dict(refshapes=data), towers=("tiny",), seeds=(0,), budget=Budget(batch=16, lrs=(1e-3,)))
+    monkeypatch.setattr(bench, "_bench_task", stumble)
+    line(make().run, "runs that failed: 1", "the others are kept", "lora-tiny", "no memory left")
+    assert [r["run"]["config"] for r in bench.read_bench(out)] == ["frozen-tiny"]
+    monkeypatch.setattr(bench, "_bench_task", task)
+    evaluate = bench.evaluate
+    def interrupted(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(bench, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt): make().run()
+    trained = out / "refshapes/lora-tiny/seed0-lr0.001/tuned.safetensors"
+    stamp = trained.stat().st_mtime_ns
+    monkeypatch.setattr(bench, "evaluate", evaluate)
+    make().run()
+    (row,) = [r for r in bench.read_bench(out) if r["run"]["config"] == "lora-tiny"]
+    assert trained.stat().st_mtime_ns == stamp and row["whole"] and row["memory"] is None # trained before: its memory is not known any more
+
+
+def test_folders_of_others(data, inside, tmp_path):
+    out = tmp_path / "b"
+    make = lambda budget=BUDGET, folder=out: Bench(folder, ("frozen",), dict(refshapes=data), towers=("tiny",), seeds=(0,), budget=budget)
+    make()
+    before = files(out)
+    line(lambda: make(Budget(batch=8)), "another budget", "choose another folder")
+    with FileLock(out / ".lock"): line(make().run, "another process works in")
+    (out / "bench.json").write_text("[1")
+    line(make, "bench.json")
+    (out / "bench.json").write_bytes(next(iter(before.values())))
+    place = out / "refshapes/frozen-tiny/seed0-lr0.001.json"
+    for text, said in (("{}", "no run of a bench"), (json.dumps(dict(format=BENCH, run={}, budget={})), "another run")):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+        line(make().run, said)
+        assert place.read_text() == text
+    (tmp_path / "file").write_text("x")
+    line(lambda: make(folder=tmp_path / "file"), "file")
+
+
+@pytest.mark.parametrize("change,words", [
+    (dict(methods=("barlera",)), ("no method 'barlera'", "barleria")), (dict(towers=("tyni",)), ("no towers 'tyni'", "tiny")), (dict(methods=()), ("nothing to run",)),
+    (dict(seeds=()), ("nothing to run",)), (dict(folders={}), ("nothing to run",)), (dict(jobs=0), ("jobs is 0",)), (dict(folders=dict(x="/nowhere")), ("/nowhere",)),
+    (dict(budget=Budget(precision="bf61")), ("bf61", "bf16")), (dict(budget=Budget(device="gpu")), ("gpu",)), (dict(budget=Budget(lrs=())), ("nothing to run",)),
+])
+def test_mistakes_end_in_one_line_and_write_nothing(data, tmp_path, change, words):
+    settings = dict(methods=("frozen",), folders=dict(refshapes=data), towers=("tiny",)) | change
+    line(lambda: Bench(tmp_path / "b", settings.pop("methods"), settings.pop("folders"), **settings), *words)
+    assert not (tmp_path / "b").exists()
+
+
+def row(name, seed, score, lr=1e-3, **more):
+    splits = dict(val=dict(mIoU=score, oIoU=score, **{"Pr@0.5": score}), testA=dict(mIoU=score + .1))
+    return dict(dict(format=BENCH, run=dict(data="d", config=name, seed=seed, lr=lr), seed=seed, splits=splits, mIoU=score, whole=True, probe=None, tuned=10, share=.01, seconds=3., memory=None), **more)
+
+
+def test_means_spreads_and_pairs_by_hand():
+    "Seeds .5 .6 against .4 .3: differences .1 and .3."
+    rows = [row("frozen-tiny", 0, .4), row("frozen-tiny", 1, .3), row("snf-tiny", 0, .5), row("snf-tiny", 1, .6), row("snf-tiny", 2, .9), row("snf-tiny", 0, .2, lr=1e-4, whole=False)]
+    found = bench.summaries(rows, "d")
+    assert found["snf-tiny"].values() == {0: .5, 1: .6, 2: .9} and sorted(found["snf-tiny"].against(found["frozen-tiny"])) == pytest.approx([.1, .3])
+    text = bench.bench_table(rows, "d")
+    assert "66.7 ± 20.8" in text and "20.0 ± 14.1" in text and "35.0 ± 7.1" in text and "45.0 ± 7.1" in text
+    line(lambda: bench.bench_table(rows, "e"), "no runs on 'e'", "d")
+    assert bench.best_lr(rows, "snf-tiny") == 1e-3 and bench.best_lr(rows, "lora-tiny") is None
+    assert bench.best_lr([row("a", 0, .5, lr=1e-3), row("a", 0, .5, lr=1e-4)], "a") == 1e-4
+
+
+def test_reading_a_folder_skips_what_is_not_a_run(tmp_path):
+    line(lambda: bench.read_bench(tmp_path), "no finished run")
+    (tmp_path / "seed0-lr1.json").write_text("[" * 10**5)
+    (tmp_path / "seed1-lr1.json").write_text(json.dumps(row("snf-tiny", 1, .5)))
+    assert [r["seed"] for r in bench.read_bench(tmp_path)] == [1]
+
+
+def test_a_process_of_its_own():
+    assert apart("barleria_nb.core.near", threads=1, name="trian", names=["train"]) == " Did you mean train?"
+    line(lambda: apart("barleria_nb.core.pick_device", name="gpu"), "device 'gpu' is unknown")
+    assert PAIRS > 0
