@@ -69,7 +69,7 @@ METHODS = {
     "compacter": (("compacter", dict(width=384, n=4, rank=16)),),
     "lora": (("lora", dict(rank=16)),),
     "etris": (BRIDGE,),
-    "etris-64": (("bridger", dict(width=64, heads=8)),), # as ETRIS's code was released; both papers count the width above
+    "etris-64": (("bridger", dict(width=64, heads=8, padding=True)),), # as ETRIS's code was released, for its checkpoints: padding is heard; both papers count the width above
     "snf": (FLOWS,),
     "snf+etris": (FLOWS, BRIDGE),
     "barleria-noglobal": LOCAL,
@@ -273,7 +273,7 @@ def build_model(
         towers = build_encoder(config.backbone, pretrained=config.pretrained)
         torch.manual_seed(seed)
         tuners = [TUNERS[kind](**arguments) for kind, arguments in config.tuners]
-        encoder = DualEncoder(towers.visual, towers.text, tuners, towers.name, towers.taps, towers.padding)
+        encoder = DualEncoder(towers.visual, towers.text, tuners, towers.name, towers.taps, towers.padding or any(getattr(t, "padding", False) for t in tuners))
         head = Head(encoder.dims, encoder.text.width, encoder.joint, **config.head, side=config.gst and config.gst["dim"])
         prior, gst = _beside(encoder, config.gst) if config.gst else (None, None)
     return RISModel(encoder, head, config, prior, gst)
