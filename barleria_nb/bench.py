@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 from filelock import FileLock, Timeout
+from matplotlib import colormaps
+from matplotlib.figure import Figure
 
 from .core import BarleriaError, near, pick_device, read_json, write_json
 from .data import RefSet
@@ -73,7 +74,7 @@ def bench_run(
     if whole and run.data in FLAVOURS: row["probe"] = probe(model, minimal_pairs(n=PAIRS), **ways)
     row |= row["splits"].get("val", {}) | dict(whole=whole)
     write_json(path, row)
-    return row
+    return _checked(path)
 
 
 def _trained(run, c, data, work, budget, device):
@@ -247,13 +248,13 @@ def bench_table(
     rows, # from `read_bench`
     data:str, # name of a data set
 )->str: # a line per configuration
-    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took."
+    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (processor seconds where known). A configuration whose learning rate is still being chosen has no differences, and only val."
     found, lines = summaries(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
     for s in found.values():
         r, frozen = s.rows[0], found.get(f"frozen-{s.name.rpartition('-')[2]}")
-        gain = s.against(frozen) if frozen and frozen is not s else []
+        gain = s.against(frozen) if frozen and frozen is not s and r["whole"] and frozen.rows[0]["whole"] else [] # before that, learning rates are still being tried
         lines.append((s.name, f"{r['tuned']:,}", f"{100 * r['share']:.2f}", f"{r['run']['lr']:g}", str(len(s.rows)), spread_of(s.values().values()), spread_of(gain), *(spread_of(s.values(split=t).values()) for t in ("testA", "testB")),
-            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(r['seconds'] for r in s.rows):.0f}", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
+            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(r.get('cpu') or r['seconds'] for r in s.rows):.0f}", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
     if len(lines) == 1: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(line[0].ljust(width[0]) + "  " + "  ".join(cell.rjust(w) for cell, w in zip(line[1:], width[1:])) for line in lines)
@@ -263,14 +264,14 @@ def bench_figure(
     rows, # from `read_bench`
     data:str, # name of a data set
     split:str="val", # a split
-): # a matplotlib figure
+)->Figure: # three panels
     "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of each new batch before its correction, mean of the last five rows of the log."
     found = summaries(rows, data)
     if not found: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.6), layout="constrained")
-    cost = [s.rows[0]["cpu"] or s.rows[0]["seconds"] for s in found.values()]
+    fig = Figure(figsize=(11, 3.6), layout="constrained")
+    axes, cost = fig.subplots(1, 3), [s.rows[0].get("cpu") or s.rows[0]["seconds"] for s in found.values()]
     for k, (s, seconds) in enumerate(zip(found.values(), cost)):
-        values, colour = [100 * v for v in s.values(split=split).values()], plt.cm.tab20(k % 20)
+        values, colour = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](k % 20)
         if not values: continue
         for ax, x in ((axes[0], max(100 * s.rows[0]["share"], .01)), (axes[1], seconds)):
             ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
