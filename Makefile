@@ -27,10 +27,10 @@ demo: .venv/.installed  ## train, score and draw a small model from scratch (min
 	.venv/bin/barleria_demo --out runs/demo
 
 test: checks notebooks  ## everything a change must pass, in order, stopping at the first failure
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist worksteal
 
 test-full: checks notebooks  ## the same with the long tests; FLAGS="slow cuda" also runs the cells so flagged
-	$(PY) -m pytest -m ""
+	$(PY) -m pytest -n 2 --dist worksteal -m ""
 
 # Notebooks clean, modules and their index exported, slips of style; then the notebooks' own tests; then the README.
 checks: .venv/.installed

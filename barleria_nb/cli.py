@@ -139,12 +139,13 @@ def open_data(
 
 def report(
     data, # a `RefSet`
-    words:int, # word pieces per sentence
+    words:int|None=None, # word pieces per sentence; None where no sentence is read
 ):
     "Note what of a set cannot be used, and which sentences are cut."
-    from barleria_nb.data import tokenize
     if data.problems: note("\n".join([f"{len(data.problems)} problems in {data.root}; the records they name are left out:", *(f"  {p}" for p in data.problems[:3])]))
     if len(data.problems) > 3: note(f"  … and {len(data.problems) - 3} more")
+    if words is None: return
+    from barleria_nb.data import tokenize
     texts = [s.text for r in data for s in r.sentences]
     cut = tokenize(texts, words).truncated
     if cut: note(f"{cut} of {len(texts)} sentences are longer than {words} word pieces, start and end included; their ends are not read.")
@@ -335,29 +336,64 @@ def barleria_bench(
             if figure: save_figure(Path(figure).with_stem(f"{Path(figure).stem}-{name}"), bench.bench_figure(rows, name))
 
 # %% ../nbs/17_cli.ipynb #05dc8d76
+def _model_scores(run, data, split, rule, thresholds, batch, device):
+    "What was scored: the set, about the run, and {threshold: scores} by a protocol."
+    from barleria_nb.core import pick_device
+    from barleria_nb.inference import Segmenter
+    from barleria_nb.protocols import score_model, sweep
+    device, segment = pick_device(device), Segmenter.load(run, device)
+    settings, refset = segment.model.config, open_data(data, split)
+    report(refset, settings.words)
+    how = dict(size=settings.size, length=settings.words, batch=batch, device=device, progress=on_screen())
+    if thresholds: curve = sweep(segment.model, refset, thresholds=sorted({*thresholds, rule.threshold}), protocol=rule, **how)
+    else: curve = {rule.threshold: score_model(segment.model, refset, rule, **how)[0]}
+    return refset, dict(run=str(run), config=settings.name), curve
+
+
 @call_parse
 def barleria_eval(
-    run:str, # folder of a run, or its file tuned.safetensors
+    run:Param("folder of a run, or its file tuned.safetensors; none with --masks", str, opt=False, nargs="?")=None, # what to score
     data:Param("folder of a referring data set, or a drawn set", str, required=True)=None, # where from
     split:str="val", # which split
     json:bool=False, # print JSON, metrics as fractions
-    threshold:fraction=None, # a pixel belongs to the object above this probability (default: 0.35)
+    threshold:fraction=None, # a pixel belongs to the object above this probability (default: the protocol's, 0.35 for native and cris, 0.5 for lavt)
+    protocol:str="native", # whose conventions: native, cris or lavt
+    sentences:str="all", # which of an object's sentences: all, first or random
+    masks:str=None, # score these masks and no model: a folder with <sent_id>.png, or a JSON list of {sent_id, segmentation}
+    partial:bool=False, # with --masks: score the sentences that have one
+    interval:bool=False, # say how sure the numbers are: 95 % by bootstrap of images
+    breakdown:bool=False, # take the numbers apart by type and length of the sentence and by size of the object
+    sweep:bool=False, # also score at thresholds from 0.05 to 0.95; not on a test split
     batch:positive=64, # sentences at a time
     device:str="auto", # auto, cpu, cuda, cuda:1 or mps
     debug:bool=False, # show a traceback when something fails
 ):
-    "Score a tuned model on one split of a data set."
+    "Score a tuned model, or somebody's masks, on one split of a data set."
     with told("barleria_eval", debug):
-        from barleria_nb.core import pick_device
-        from barleria_nb.inference import Segmenter
-        from barleria_nb.metrics import THRESHOLD, evaluate
-        device, segment = pick_device(device), Segmenter.load(run, device)
-        settings, refset = segment.model.config, open_data(data, split)
-        report(refset, settings.words)
-        scores = evaluate(segment.model, refset, size=settings.size, length=settings.words, batch=batch, device=device, progress=on_screen(),
-            threshold=THRESHOLD if threshold is None else threshold)
-        about = dict(run=str(run), config=settings.name, data=str(data), split=split, protocol=scores.protocol)
-        print(_json(about | scores.summary()) if json else f"{settings.name}, {split}: {scores}")
+        from barleria_nb import protocols
+        from barleria_nb.core import BarleriaError
+        if (run is None) == (masks is None): raise BarleriaError("give either a run to score, or --masks and somebody's answers.")
+        if masks is not None and (sweep or threshold is not None): raise BarleriaError("masks are cut already; --threshold and --sweep are for a run.")
+        if partial and masks is None: raise BarleriaError("--partial is for --masks; a run answers every sentence.")
+        rule = protocols.find_protocol(protocol, sentences, threshold)
+        if masks is None: refset, about, curve = _model_scores(run, data, split, rule, [k / 20 for k in range(1, 20)] if sweep else (), batch, device)
+        else:
+            answers, refset, about = protocols.read_masks(masks), open_data(data, split), dict(masks=str(masks))
+            report(refset)
+            curve = {rule.threshold: protocols.score_masks(refset, answers, rule, partial)}
+        scores = curve[rule.threshold]
+        sure = protocols.interval(scores, refset) if interval else None
+        groups = protocols.breakdown(scores, refset) if breakdown else {}
+        if json:
+            more = dict(interval=sure) if interval else {}
+            if breakdown: more["breakdown"] = {kind: {g: s.summary() if len(s) else dict(n=0) for g, s in rows.items()} for kind, rows in groups.items()}
+            if sweep: more["sweep"] = {f"{t:g}": s.summary() for t, s in curve.items()}
+            print(_json(about | dict(data=str(data), split=split, protocol=scores.protocol) | scores.summary() | more))
+            return
+        print(f"{about.get('config', masks)}, {split}: {scores}")
+        if interval: print(protocols.interval_line(sure))
+        for rows in groups.values(): print(protocols.scores_table(rows), end="\n\n")
+        if sweep: print(protocols.scores_table({f"> {t:g}": s for t, s in curve.items()}))
 
 # %% ../nbs/17_cli.ipynb #aa0a9f08
 @call_parse

@@ -8,7 +8,7 @@ __all__ = ['WAYS', 'TASKS', 'REPORT', 'best_seconds', 'matmul_peak', 'bandwidth'
            'step_speed', 'step_profile', 'sentence_speed', 'loader_speed', 'report', 'speed_table']
 
 # %% ../nbs/train/25_speed.ipynb #536cc233
-import json, platform, shutil, statistics, sys, time, warnings
+import json, platform, shutil, statistics, sys, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 from .backbones import QuickMLP
-from .core import BarleriaError, asset, near, can_onednn, onednn, pick_device, read_json, write_json
+from .core import BarleriaError, asset, can_onednn, near, onednn, pick_device, read_json, write_json
 from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, config
@@ -369,7 +369,7 @@ def _plan(configs, precisions, growth, folder, device):
         key, quick = (c.name, c.batch), c.backbone.startswith("tiny") or device.type != "cpu"
         n = dict(batches=(1, 64), sentences=(16, 64)) if quick else dict(batches=(1, 8), sentences=(4, 8))
         for p in precisions:
-            tricks = ("written_attention", "three_gelus", "slow_adam", "channels_last") + ("mkl",) * can_onednn()
+            tricks = ("written_attention", "three_gelus", "slow_adam", "channels_last") + ("mkl",) * (p == "no" and can_onednn())
             rows["step", *key, p, False] = lambda s, r, c=c, p=p: dict(step_speed(c, precision=p, repeats=r, **s), flops=flops(c, c.batch))
             rows["sentence", *key, p, False] = lambda s, r, c=c, p=p, n=n: sentence_speed(c, folder, precision=p, **s, **n)
             rows["profile", *key, p, False] = lambda s, r, c=c, p=p: step_profile(c, precision=p, **s)

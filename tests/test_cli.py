@@ -18,19 +18,24 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from barleria_nb import cli, core, inference, metrics, model, training
+from barleria_nb import cli, cli_data, core, inference, metrics, model, protocols, training
 from barleria_nb.data import RefSet, decode_mask
 from barleria_nb.shapes import make_refshapes
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "refcoco-sample"
-COMMANDS = ("barleria_demo", "barleria_train", "barleria_eval", "barleria_segment", "barleria_params")
+COMMANDS = ("barleria_demo", "barleria_train", "barleria_eval", "barleria_segment", "barleria_params", "barleria_runs", "barleria_speed", "barleria_bench", "barleria_data", "barleria_table", "barleria_mix", "barleria_check", "barleria_import")
 NAME = "barleria-noglobal-tiny"
+
+
+def home(command):
+    "The module that has a command."
+    return cli if hasattr(cli, command) else cli_data
 
 
 def shell(folder, command, *words, **env):
     "Run a command in a process of its own, through a script like the one pip writes."
     script = Path(folder) / command
-    script.write_text(f"from barleria_nb.cli import {command}\n{command}()\n")
+    script.write_text(f"from {home(command).__name__} import {command}\n{command}()\n")
     env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "PYTHONPATH": str(Path(__file__).resolve().parents[1]), **env}
     return subprocess.run([sys.executable, str(script), *map(str, words)], cwd=folder, env=env, capture_output=True, text=True, timeout=1200)
 
@@ -38,7 +43,7 @@ def shell(folder, command, *words, **env):
 def run(line, *words):
     "Run a command in this process; its exit code."
     command, *first = line.split()
-    function = getattr(cli, command).__wrapped__
+    function = getattr(home(command), command).__wrapped__
     try: function(**{k: v for k, v in vars(anno_parser(function, prog=command).parse_args([*first, *map(str, words)])).items() if k not in ("pdb", "xtra")})
     except SystemExit as e: return e.code or 0
     return 0
@@ -68,7 +73,7 @@ def shop(tmp_path_factory): return Shop(tmp_path_factory.mktemp("shop"))
 def test_help(command, tmp_path):
     done = shell(tmp_path, command, "--help")
     assert done.returncode == 0 and not done.stderr
-    wanted = set(anno_parser(getattr(cli, command).__wrapped__)._option_string_actions) - {"-h", "--pdb", "--xtra"}
+    wanted = set(anno_parser(getattr(home(command), command).__wrapped__)._option_string_actions) - {"-h", "--pdb", "--xtra"}
     assert wanted <= set(re.findall(r"--\w+", done.stdout)) and "--debug" in wanted
 
 
@@ -215,7 +220,7 @@ def test_output_that_cannot_be_written(shop, tmp_path, capsys, monkeypatch, numb
     (PermissionError(errno.EACCES, "Permission denied", "/x/y"), "/x/y: Permission denied"), (ZeroDivisionError("odd\nbug"), "ZeroDivisionError: odd bug")])
 def test_what_the_system_refuses(shop, capsys, monkeypatch, error, said):
     def refuse(*_, **__): raise error
-    monkeypatch.setattr(metrics, "evaluate", refuse)
+    monkeypatch.setattr(protocols, "score_model", refuse)
     assert run("barleria_eval", shop.run, "--data", shop.data) == 1
     line, = error_lines(capsys.readouterr().err)
     assert said in line
