@@ -362,7 +362,7 @@ def spoilt(column, **changes): return lambda r: r | {column: json.dumps(json.loa
     (spoilt("raw_image_info", height=0), "size of 0"), (spoilt("raw_image_info", height=10**9), "size of"), (spoilt("raw_image_info", id=9), "another object's"), (spoilt("raw_anns", image_id=5), "another object's"),
     (spoilt("raw_anns", segmentation=None), "outline"), (spoilt("raw_anns", id="x"), "'id'"), (lambda r: r | dict(raw_anns="[" * 10**5), "raw_anns"), (lambda r: r | dict(raw_anns="[]"), "raw_anns"), (lambda r: r | dict(raw_image_info=None), "raw_image_info"),
     (lambda r: r | dict(ref_id=50), "there already"), (lambda r: r | dict(sentences=[]), "sentences"), (lambda r: r | dict(sentences=[dict(sent=None, sent_id=1)]), "without text"),
-    (spoilt("raw_image_info", height=47), "two different records")], ids=str)
+    (spoilt("raw_image_info", height=47), "two different records")])
 def test_rows_that_lie(site, tmp_path, spoil, words):
     records = rows("val")
     records[-1] = spoil(records[-1])
