@@ -24,7 +24,7 @@ from .model import METHODS, backbones, config, configurations, ledger, load_tune
 from .probe import minimal_pairs, probe
 from .scale import apart, peak_memory
 from .shapes import FLAVOURS
-from .training import check_precision, train
+from .training import check_precision, data_name, train
 
 # %% ../nbs/train/23_bench.ipynb #3a06dab6
 BENCH = "barleria_nb bench run, version 1"
@@ -64,9 +64,10 @@ def bench_run(
 )->dict: # what its file holds
     "Train, score, write one JSON file. What was done before is not done again; a run killed midway goes on where it was."
     path, device = Path(out) / f"{run.place}.json", pick_device(budget.device)
-    row = _checked(path, run, budget) if path.exists() else None
+    row, data = _checked(path, run, budget) if path.exists() else None, RefSet.read(folder)
+    if row and row["data"] != data_name(data): raise BarleriaError(f"{path} was made with other data; choose another folder.")
     if row and (row["whole"] or not whole): return row
-    c, data, work = config(run.config, epochs=budget.epochs, batch=budget.batch, lr=run.lr), RefSet.read(folder), path.with_suffix("")
+    c, work = config(run.config, epochs=budget.epochs, batch=budget.batch, lr=run.lr), path.with_suffix("")
     row = row or _trained(run, c, data, work, budget, device)
     model, ways = load_tuned(work / "tuned.safetensors", device), dict(size=c.size, length=c.words, device=device)
     for split in [s for s in data.splits if s != "train" and s not in row["splits"] and (whole or s == "val")]:
@@ -83,7 +84,7 @@ def _trained(run, c, data, work, budget, device):
     card = train(c, data, work, seed=run.seed, val=None, device=budget.device, precision=budget.precision, progress=False)
     counted, kept = ledger(c), ("commit", "versions", "hardware", "config", "steps", "seconds")
     return dict(format=BENCH, run=asdict(run), budget=asdict(budget), data=card["settings"]["data"], seed=run.seed, **{k: card[k] for k in kept}, tuned=counted["backbone"], share=counted["share"],
-        head=counted["head"], memory=peak_memory(device) if new else None, cpu=time.process_time() - start if new else None, curve=[[r["step"], r["loss"], r["batch_iou"]] for r in read_log(work)], splits={}, probe=None)
+        head=counted["head"], memory=peak_memory(device) if new else None, cpu=time.process_time() - start if new and device.type == "cpu" else None, curve=[[r["step"], r["loss"], r["batch_iou"]] for r in read_log(work)], splits={}, probe=None)
 
 
 def _checked(path, run=None, budget=None):
@@ -120,13 +121,14 @@ class Bench:
         threads:int|None=None, # of the CPU for each; None: the cores divided by the jobs
         tell=None, # function called with each finished row
     ):
-        self.out, self.folders, self.seeds, self.budget, self.tell = Path(out), dict(folders), tuple(seeds), budget, tell
+        self.out, self.folders, self.seeds, self.budget, self.tell = Path(out), dict(folders), tuple(dict.fromkeys(seeds)), budget, tell
         self.names, self.rows, self.failed = _names(methods, towers), [], []
         if type(jobs) is not int or jobs < 1: raise BarleriaError(f"jobs is {str(jobs)[:40]}; give a whole number from 1.")
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
         if not (self.names and self.folders and self.seeds and budget.lrs): raise BarleriaError("there is nothing to run; give methods, data, seeds and learning rates.")
         check_precision(budget.precision, pick_device(budget.device))
         for name, folder in self.folders.items():
+            if not name or name in (".", "..") or "/" in name or "\\" in name: raise BarleriaError(f"{str(name)[:60]!r} is no name for a data set; give its folder a plain name.")
             if "val" not in (found := RefSet.read(folder).splits): raise BarleriaError(f"{name} has no split 'val' to compare on; it has {', '.join(found)}.")
         self._same_budget()
 
@@ -141,8 +143,8 @@ class Bench:
         try:
             with FileLock(self.out / ".lock", timeout=0): self._rounds()
         except Timeout: raise BarleriaError(f"another process works in {self.out}; wait for it, or choose another folder.") from None
-        if self.failed: raise BarleriaError(f"runs that failed: {len(self.failed)}; the others are kept, and the same command tries these again. The first: {self.failed[0]}")
-        return self.rows
+        if self.failed: raise BarleriaError(f"runs that failed: {len(self.failed)}; the others are kept (`barleria_bench --out` alone shows them), and the same command tries these again. The first: {self.failed[0]}")
+        return list({json.dumps(r["run"]): r for r in self.rows}.values()) # a run of the grid comes again when it is scored whole
 
     def _rounds(self):
         "The grid, then data set by data set and seed by seed."
@@ -176,16 +178,21 @@ def _names(methods, towers):
     endings = sorted(set().union(*known.values()))
     for t in towers:
         if t not in endings: raise BarleriaError(f"no towers '{str(t)[:60]}'; there is {', '.join(endings)}.{near(str(t)[:60], endings)}")
-    return [f"{m}-{t}" for t in towers for m in dict.fromkeys(methods) if f"{m}-{t}" in configurations()]
+    return [f"{m}-{t}" for t in dict.fromkeys(towers) for m in dict.fromkeys(methods) if f"{m}-{t}" in configurations()]
 
 
 def _bench_task(run, folder, out, budget, whole):
-    "What one process does."
-    return bench_run(Run(**run), folder, out, Budget(**budget | dict(lrs=tuple(budget["lrs"]))), whole)
+    "What one process does. Its folder is its own: an earlier bench that was killed may have left a process at work there."
+    run = Run(**run)
+    lock = Path(out) / f"{run.place}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(lock, timeout=0): return bench_run(run, folder, out, Budget(**budget | dict(lrs=tuple(budget["lrs"]))), whole)
+    except Timeout: raise BarleriaError(f"another process makes {run.place} already; wait for it.") from None
 
 # %% ../nbs/train/23_bench.ipynb #b2a804f1
 def read_bench(
-    out, # folder of a bench, or several of them below one folder
+    out, # folder of a bench
 )->list: # of rows, by place
     "All finished runs; a `BarleriaError` where there are none."
     rows = []
@@ -224,12 +231,11 @@ def summaries(
     rows, # from `read_bench`
     data:str, # name of a data set
 )->dict: # name of a configuration -> `Summary`
-    "Runs by configuration, with the learning rate that was chosen: the one of most runs, and where there is only the grid, the best on val."
+    "Runs by configuration, with the learning rate that `best_lr` chooses among all of them."
     found = {}
     for name in dict.fromkeys(r["run"]["config"] for r in rows):
         mine = [r for r in rows if r["run"]["data"] == data and r["run"]["config"] == name]
-        whole = [r for r in mine if r["whole"]]
-        lr = whole[0]["run"]["lr"] if whole else best_lr(mine, name)
+        lr = best_lr(rows, name)
         kept = sorted((r for r in mine if r["run"]["lr"] == lr), key=lambda r: r["seed"])
         if kept: found[name] = Summary(name, kept)
     return found
@@ -248,7 +254,7 @@ def bench_table(
     rows, # from `read_bench`
     data:str, # name of a data set
 )->str: # a line per configuration
-    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (processor seconds where known). A configuration whose learning rate is still being chosen has no differences, and only val."
+    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (processor seconds where known); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
     found, lines = summaries(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
     for s in found.values():
         r, frozen = s.rows[0], found.get(f"frozen-{s.name.rpartition('-')[2]}")
@@ -265,7 +271,7 @@ def bench_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # three panels
-    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of each new batch before its correction, mean of the last five rows of the log."
+    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five."
     found = summaries(rows, data)
     if not found: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
     fig = Figure(figsize=(11, 3.6), layout="constrained")

@@ -315,7 +315,7 @@ def barleria_bench(
     batch:positive=32, # sentences per step
     jobs:positive=1, # runs at a time
     threads:positive=None, # of the processor for each run (default: its cores divided by the jobs)
-    device:str="auto", # auto, cpu, cuda, cuda:1 or mps
+    device:str="auto", # auto, cpu, cuda or mps
     precision:Param("no (32 bits), bf16 or fp16", str, choices=PRECISIONS)="no", # of the arithmetic
     figure:str=None, # draw scores against size and time, and the curves, into this PNG file, a data set each
     debug:bool=False, # show a traceback when something fails
@@ -325,9 +325,12 @@ def barleria_bench(
         from barleria_nb import bench
         from barleria_nb.inference import save_figure
         if methods:
-            from barleria_nb.core import pick_device
+            from barleria_nb.core import BarleriaError, pick_device
             budget = bench.Budget(epochs, batch, tuple(lrs or bench.Budget.lrs), precision, pick_device(device).type)
-            folders = {Path(d).name: open_data(d, "val").root for d in data or ["refshapes"]}
+            if ":" in device: raise BarleriaError("a bench takes auto, cpu, cuda or mps; choose the card with CUDA_VISIBLE_DEVICES.")
+            opened = [Path(open_data(d, "val").root).resolve() for d in data or ["refshapes"]]
+            folders = {r.name: r for r in opened}
+            if len(folders) < len(opened): raise BarleriaError("two data sets have folders of one name; rename one.")
             finished = lambda r: note(f"{bench.Run(**r['run']).place}: val mIoU {100 * r['mIoU']:.1f} %, {r['seconds']:.0f} s")
             bench.Bench(out, methods, folders, towers=towers or ("tiny", "tinydino"), seeds=seeds or (0, 1, 2), budget=budget, jobs=jobs, threads=threads, tell=finished).run()
         rows = bench.read_bench(out)

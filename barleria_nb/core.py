@@ -8,8 +8,9 @@ __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze
            'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
-import difflib, errno, hashlib, json, math, os, platform, random, time
+import difflib, errno, hashlib, json, math, os, platform, random
 from contextlib import contextmanager
+from functools import cache
 from dataclasses import fields, is_dataclass
 from importlib import resources
 from pathlib import Path
@@ -200,6 +201,7 @@ def can_onednn()->bool: # else `onednn` does nothing
     return able and torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512" and _maker() == "AuthenticAMD"
 
 
+@cache
 def _maker():
     "Who made the processor, as it says itself."
     try: return next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("vendor_id"))
@@ -208,7 +210,7 @@ def _maker():
 
 def _fits(a, b):
     "Large, 32 bits, and no row repeated: what oneDNN is given."
-    return a.dtype == b.dtype == torch.float32 and a.shape[0] * a.shape[1] * b.shape[1] >= 2**20 and all(s > 0 for s in (*a.stride(), *b.stride()))
+    return a.dtype == b.dtype == torch.float32 and a.shape[1] == b.shape[0] and a.shape[0] * a.shape[1] * b.shape[1] >= 2**20 and all(s > 0 for s in (*a.stride(), *b.stride()))
 
 
 _changed = [] # what `onednn` has put in place, once however often it is nested

@@ -57,9 +57,16 @@ def _wide(reader):
 
 def _csv_rows(f, where, need):
     "(row, fields) of a CSV file; a row that is none comes as its error."
-    reader, head = csv.reader(_lines(f, where), strict=True), None
+    size, head = 0, None
+    def lines():
+        nonlocal size
+        for line in _lines(f, where):
+            size += len(line)
+            if size > MAX_LINE: raise BarleriaError(f"{where}, from line {before + 1}: not CSV (a row of over {MAX_LINE:,} characters); close the quotes.")
+            yield line
+    reader = csv.reader(lines(), strict=True)
     for n in count(1):
-        before = reader.line_num
+        before, size = reader.line_num, 0
         try: cells = _wide(reader)
         except csv.Error as e:
             if head is None or reader.line_num > before + 1: raise BarleriaError(f"{where}, lines {before + 1} to {reader.line_num}: not CSV ({e}); close the quotes.") from None

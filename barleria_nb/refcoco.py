@@ -9,7 +9,7 @@ __all__ = ['OFFICIAL', 'PARTITIONS', 'PICKLE', 'STEPS', 'DEPTH', 'ADMITTED', 'HU
            'fetch_refcoco', 'plan_lines', 'letterboxed', 'Letterboxed']
 
 # %% ../nbs/01b_refcoco.ipynb #36d48f95
-import hashlib, http.client, json, os, pickletools, re, shutil, ssl, struct, tarfile, threading, time, urllib.error, urllib.request, zipfile, zlib
+import hashlib, http.client, json, lzma, os, pickletools, re, shutil, ssl, struct, tarfile, threading, time, urllib.error, urllib.request, zipfile, zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from io import BytesIO
@@ -35,7 +35,7 @@ OFFICIAL = { # (refs, sentences, images) of each split, as `RefSet.splits` count
 PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refcocog-google": "google"}
 
 # %% ../nbs/01b_refcoco.ipynb #56dd608c
-PICKLE = 2**28 # bytes; the largest of the original files has about a fifth of that
+PICKLE = 2**28 # bytes; far above any original file
 STEPS, DEPTH = 30_000_000, 8 # instructions; lists within lists
 
 class _Plain:
@@ -84,7 +84,7 @@ class _Plain:
 
     def fill(self, items, into=None):
         into = self.stack[-1] if into is None else into
-        if type(into) is not dict or len(items) % 2 or not all(type(k) in (str, int) for k in items[::2]): raise ValueError("a dict is damaged")
+        if type(into) is not dict or len(items) % 2 or not all(type(k) is str or type(k) is int and abs(k) < 2**53 for k in items[::2]): raise ValueError("a dict is damaged")
         into.update(zip(items[::2], items[1::2]))
         return into
 
@@ -100,7 +100,7 @@ class _Plain:
     def asked(self, op):
         "What a forbidden instruction is after, in words."
         if op == b"c": return f"asks for {b'.'.join((self.line(), self.line()))[:60].decode('latin-1')!r}"
-        if op == b"\x93": return f"asks for {'.'.join(map(str, self.stack[-2:]))[:60]!r}"
+        if op == b"\x93": return f"asks for {'.'.join(x[:60] if isinstance(x, str) else '?' for x in self.stack[-2:])[:60]!r}"
         return f"holds the instruction {getattr(pickletools.code2op.get(op.decode('latin-1')), 'name', op)}"
 
 
@@ -301,7 +301,7 @@ class _Archive:
             else:
                 self.file = tarfile.open(path)
                 found = [(m.name, m) for m in self.file if m.isreg()]
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError) as e:
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError, NotImplementedError, zlib.error, lzma.LZMAError) as e:
             raise BarleriaError(f"{path} is no folder, zip or tar that can be read ({' '.join(str(e).split())[:80]}); check the path, or fetch it again.") from e
         for name, member in found:
             parts = name.replace("\\", "/").split("/")
@@ -319,7 +319,7 @@ class _Archive:
         member = next((m for parts, m in found if parts[-2:-1] == [folder]), found[0][1])
         try:
             with self.lock, (self.file.open(member) if self.zip else self.file.extractfile(member)) as f: data = f.read(limit + 1)
-        except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as e: raise _Failed(f"is damaged in {self.path} ({' '.join(str(e).split())[:80]})") from e
+        except (OSError, EOFError, ValueError, RuntimeError, NotImplementedError, zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError) as e: raise _Failed(f"is damaged in {self.path} ({' '.join(str(e).split())[:80]})") from e
         if len(data) > limit: raise _Failed(f"unfolds to over {limit:,} bytes in {self.path}")
         return data
 
@@ -351,7 +351,7 @@ def _read_refer(name, source, splits, records):
     try: instances = json.loads(data.pop(wanted[1]))
     except (ValueError, RecursionError) as e: raise BarleriaError(f"{source}: instances.json is not JSON ({str(e)[:60]}); fetch it again.") from None
     if not isinstance(instances, dict): raise BarleriaError(f"{source}: instances.json is not a COCO file; fetch it again.")
-    tables = {k: {r.get("id"): r for r in instances.get(k) or () if isinstance(r, dict) and type(r.get("id")) is int} for k in ("annotations", "images", "categories")}
+    tables = {k: {r.get("id"): r for r in instances.get(k) or () if isinstance(r, dict) and type(r.get("id")) is int and abs(r["id"]) < 2**53} for k in ("annotations", "images", "categories")}
     for n, ref in enumerate(refs):
         if not isinstance(ref, dict): raise BarleriaError(f"{source}, ref {n}: no record; fetch the file again.")
         if ref.get("split") not in splits: continue
@@ -372,6 +372,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if not newurl.startswith(("https:", f"{req.type}:")): raise _Failed(f"is redirected from {req.type} to a less safe address")
         new = super().redirect_request(req, fp, code, msg, headers, newurl)
+        if fp: fp.close() # urllib would read its body, however long
         new.stated = req.stated
         new.stated.append(headers.get("X-Linked-Etag"))
         return new
@@ -405,6 +406,7 @@ def _ask(url, limit, stop):
         length, body = answer.headers.get("Content-Length", ""), bytearray()
         length = int(length) if length.isdecimal() else None
         if answer.headers.get("Content-Encoding", "identity") != "identity": raise _Failed("comes compressed, which was not asked for")
+        if answer.headers.get("Transfer-Encoding"): raise _Failed("comes in chunks, without its length, which no file needs")
         if (length or 0) > limit: raise _Failed(f"is {length:,} bytes long, over {limit:,}")
         while block := answer.read1(2**16):
             body += block
@@ -585,9 +587,9 @@ def fetch_refcoco(
             card = dict(name=name, partition=PARTITIONS[name], splits=records.counts(), limit=limit, records=sums, made=time.strftime("%Y-%m-%d", time.gmtime()),
                 images=dict(source=str(images if images is not None else web.base), count=len(hashes), sha256=digest), missing=sorted(failed))
             write_json(out / "instances.json", dict(images=wanted, annotations=list(records.annotations.values()), categories=records.categories), indent=None)
-            write_json(out / "refs.json", list(records.refs.values()), indent=None)
+            write_json(out / "card.json", card) # first: a folder with refs and no card is taken for somebody else's
             with atomic(out / "README.md") as part: part.write_text("\n".join(_readme(card)), encoding="utf-8")
-            write_json(out / "card.json", card)
+            write_json(out / "refs.json", list(records.refs.values()), indent=None)
     except Timeout: raise BarleriaError(f"another process fills {out}; wait for it, or choose another folder.") from None
     except OSError as e: raise BarleriaError(f"{out} cannot be filled: {REMEDY.get(e.errno, e.strerror or e)}.") from e
     if failed: raise BarleriaError(f"{len(failed):,} of {len(wanted):,} images are missing from {out}/images (the first: {min(failed)} {failed[min(failed)]}); run it again to try once more, or give a folder or archive that has them as images.")

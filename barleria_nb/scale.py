@@ -104,7 +104,7 @@ def statistics(
 def computing(
     module:nn.Module, # a tuner, or any
 )->list: # of modules
-    "The modules in which a tuner computes: where going down through lists, dictionaries and modules that cannot be called meets one that can."
+    "The modules that a tuner computes with: lists, dictionaries and modules without a `forward` are opened."
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)) or type(module).forward is nn.Module.forward: return [m for c in module.children() for m in computing(c)]
     return [module]
 
@@ -112,7 +112,7 @@ def computing(
 def compiled(
     model:nn.Module, # a `RISModel`; changed in place, its names and numbers stay
 )->nn.Module: # the same model
-    "Let `torch.compile` work on frozen attentions and MLPs, on the tuners' mathematics and on the global network's modules. The first steps take a minute or more; results are equal up to rounding."
+    "Let `torch.compile` work on frozen attentions and MLPs, on the tuners' mathematics and on the global network's modules. The first steps take long; results are equal up to rounding."
     blocks = [*model.encoder.visual.blocks, *model.encoder.text.blocks]
     for m in (*(p for b in blocks for p in (b.attn, b.mlp)), *computing(model.encoder.tuners), *(computing(model.gst.blocks) if model.gst else ())): m.compile()
     return model
@@ -129,7 +129,8 @@ def apart(
     env = dict(os.environ) | (dict(OMP_NUM_THREADS=str(threads)) if threads else {})
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=json.dumps(arguments), capture_output=True, text=True, env=env)
     if done.returncode == 0: return json.loads(done.stdout.strip().splitlines()[-1])
-    said = (done.stderr.strip().splitlines() or [f"it was ended by signal {-done.returncode}, perhaps for want of memory"])[-1]
+    said = (done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"])[-1]
+    if done.returncode < 0: said = f"it was ended by signal {-done.returncode}, perhaps for want of memory"
     raise BarleriaError(said.split("BarleriaError: ")[-1][:240])
 
 

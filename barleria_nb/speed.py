@@ -14,7 +14,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,7 +23,7 @@ from .backbones import QuickMLP
 from .core import BarleriaError, asset, can_onednn, near, onednn, pick_device, read_json, write_json
 from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
-from .model import Config, RISModel, build_model, config
+from .model import Config, build_model, config
 from .scale import apart, compiled, forget_peak, peak_memory
 from .training import check_precision, git_commit, hardware, optimiser, train_step
 
@@ -374,7 +374,7 @@ def _plan(configs, precisions, growth, folder, device):
             rows["sentence", *key, p, False] = lambda s, r, c=c, p=p, n=n: sentence_speed(c, folder, precision=p, **s, **n)
             rows["profile", *key, p, False] = lambda s, r, c=c, p=p: step_profile(c, precision=p, **s)
             rows["step", *key, p, True] = lambda s, r, c=c, p=p: step_speed(c, precision=p, recompute=True, ways=("here",), repeats=r, **s)
-            if shutil.which("g++") or shutil.which("cl"): rows["compiled", *key, p, False] = lambda s, r, c=c, p=p: step_speed(c, precision=p, compile=True, ways=("mkl",), repeats=r + 1, **s)
+            if shutil.which("g++") or shutil.which("cl"): rows["compiled", *key, p, False] = lambda s, r, c=c, p=p: step_speed(c, precision=p, compile=True, ways=("mkl",), repeats=r, **s)
             rows["ways", *key, p, False] = lambda s, r, c=c, p=p, t=tricks: step_speed(c, precision=p, ways=("here", *t), repeats=r, **s)
         rows["loader", *key, "", False] = lambda s, r, c=c: loader_speed(RefSet.read(folder), size=c.size, length=c.words)
         for changes in growth if k == 0 else ():

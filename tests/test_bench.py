@@ -42,7 +42,7 @@ def test_rounds_and_what_is_there_is_not_done_again(data, inside, tmp_path):
     out, told = tmp_path / "b", []
     make = lambda **k: Bench(out, ("frozen", "lora"), dict(refshapes=data), towers=("tiny",), budget=BUDGET, tell=told.append, **dict(dict(seeds=(0,)), **k))
     rows = make().run()
-    assert [w for _, w in inside] == [False] * 4 + [True] * 2 and len(rows) == len(told) == 6
+    assert [w for _, w in inside] == [False] * 4 + [True] * 2 and len(told) == 6 and len(rows) == 4
     found = bench.read_bench(out)
     assert len(found) == 4 and sum(r["whole"] for r in found) == 2
     for name in ("frozen-tiny", "lora-tiny"):
@@ -61,6 +61,18 @@ def test_rounds_and_what_is_there_is_not_done_again(data, inside, tmp_path):
     assert len(bench.read_bench(out)) == 6 and all(files(out)[p] == b for p, b in before.items())
     table = bench.bench_table(bench.read_bench(out), "refshapes")
     assert len(table.splitlines()) == 3 and "frozen-tiny" in table and "±" in table
+
+
+def test_other_data_under_the_same_name(data, inside, tmp_path):
+    other = make_refshapes(tmp_path / "refshapes", scenes=dict(train=9, val=2, testA=2, testB=1), progress=False)
+    make = lambda folder, **k: Bench(tmp_path / "b", ("frozen",), {k.pop("name", "refshapes"): folder}, towers=("tiny",), seeds=(0, 0), budget=Budget(batch=16, lrs=(1e-3,)))
+    make(data).run()
+    assert inside == [("refshapes/frozen-tiny/seed0-lr0.001", w) for w in (False, True)]
+    before = files(tmp_path / "b")
+    line(make(other).run, "was made with other data")
+    assert files(tmp_path / "b") == before
+    for name in ("", ".", "..", "a/b"): line(lambda: make(data, name=name), "no name for a data set")
+    with FileLock(tmp_path / "b/refshapes/frozen-tiny/seed0-lr0.001.lock"): line(make(data).run, "another process makes refshapes/frozen-tiny")
 
 
 def test_a_killed_run_goes_on_and_a_failed_one_spares_the_others(data, inside, tmp_path, monkeypatch):
