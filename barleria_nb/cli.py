@@ -59,6 +59,12 @@ def first_only():
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere): yield
 
 
+def _part():
+    "Take leave of the other processes of a launched run: one that merely ends may abort while its threads still talk to them."
+    dist = sys.modules.get("torch.distributed")
+    if dist and dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+
+
 @contextmanager
 def told(
     command:str, # its name
@@ -72,6 +78,7 @@ def told(
         try:
             with first_only(): yield
             sys.stdout.flush()
+            _part()
         except BrokenPipeError: # the reader of our output has gone, as in `barleria_params | head -1`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise SystemExit(1) from None

@@ -731,6 +731,7 @@ if name == "evaluate":
     scores = evaluate(model, data, size=64, batch=4, threshold=.04, progress=False, shared=a.num_processes > 1)
     open(f"{out}-{a.process_index}", "w").write(json.dumps(scores.records))
 else: train(config(name, pretrained=False, epochs=2, batch=8, lr=1e-4), data, out, val_refs=3, device="cpu", progress=False, save_steps=1)
+if torch.distributed.is_initialized(): torch.distributed.destroy_process_group() # as the commands do
 """
 
 def launched(folder, out, name, processes, tmp_path, fails=None):
