@@ -123,12 +123,17 @@ ADMITTED = { # instruction -> what it does to the machine m
 
 # %% ../nbs/01b_refcoco.ipynb #52a6e789
 def _shallow(x):
-    "Whether nothing lies deeper than `DEPTH` levels; also of what holds itself."
-    level = [x]
+    "Whether nothing lies deeper than `DEPTH` levels, also of what holds itself, and what is shared does not unfold to more than `STEPS` entries."
+    level, entries = {id(x): (x, 1)}, len(x)
     for _ in range(DEPTH):
-        inside = {id(y): y for x in level for y in (x.values() if isinstance(x, dict) else x) if isinstance(y, (list, dict, tuple))}
+        inside = {}
+        for y, times in level.values():
+            for z in y.values() if isinstance(y, dict) else y:
+                if isinstance(z, (list, dict, tuple)): inside[id(z)] = z, inside.get(id(z), (z, 0))[1] + times
+        entries += sum(times * len(z) for z, times in inside.values())
+        if entries > STEPS: return False
         if not inside: return True
-        level = list(inside.values())
+        level = inside
     return False
 
 def _read_plain(data, where):
@@ -449,7 +454,7 @@ def _get_table(base, mirror, split, folder, stop):
     "The table of a split: from the folder if it is there and sound, else from the mirror. Where it came from, and its SHA-256."
     file, published = mirror.files[split]
     path, url = folder / f"{split}.parquet", f"{base}/{mirror.folder}/{file}"
-    digest = hashlib.sha256(_bounded(path, TABLE)).hexdigest() if path.is_file() else None
+    digest, source, checked = hashlib.sha256(_bounded(path, TABLE)).hexdigest() if path.is_file() else None, f"{path}, found there", "not compared"
     if digest is None or published not in (None, digest):
         try: data, stated = _download(url, TABLE, stop)
         except _Failed as e: raise BarleriaError(f"{url} {e}; try again later, give another base address as tables, or put the file at {path}.") from e
@@ -457,7 +462,8 @@ def _get_table(base, mirror, split, folder, stop):
         for sha, who in ((published, "published"), (stated, "server's own")):
             if sha and sha != digest: raise BarleriaError(f"{url} arrived with the SHA-256 {digest}, the {who} one is {sha}; try again, or give another base address as tables.")
         with atomic(path) as part: part.write_bytes(data)
-    return path, dict(url=url, sha256=digest, checked="published" if published else "stated by the server, or not at all")
+        source, checked = url, "stated by the server" if stated else "not compared"
+    return path, dict(url=source, sha256=digest, checked="published" if published else checked)
 
 class _Web:
     "Files below an address by name."

@@ -649,3 +649,13 @@ def test_letterboxed_stops_cleanly(site, tmp_path):
     (tmp_path / "a" / "images" / name(6)).write_bytes(b"broken")
     line(lambda: letterboxed(data, 16, tmp_path / "b" / "x.npy"), name(6))
     assert os.listdir(tmp_path / "b") == []
+
+
+def test_what_unfolds_without_end_is_refused():
+    "Shared lists, each holding the last one many times; nested lists before a forbidden call; keys made to collide."
+    shared = []
+    for _ in range(6): shared = [shared] * 300
+    for data in (pickle.dumps([dict(a=shared)], 2), b"\x80\x04]" + b"](" * 5000 + b"e" * 5000 + b"\x93.", pickle.dumps([{2**61: 1}], 2)):
+        start = time.monotonic()
+        line(lambda: refcoco._read_plain(data, "refs.p"), "refs.p")
+        assert time.monotonic() - start < 5
