@@ -314,9 +314,10 @@ def test_damaged_files_and_leftovers(site, tmp_path):
 
 
 CHILD = """
-import sys
+import signal, sys
 from barleria_nb import refcoco
 from barleria_nb.refcoco import Mirror, fetch_refcoco
+signal.signal(signal.SIGINT, signal.default_int_handler) # a shell's background process is started deaf to it
 at, out = sys.argv[1:]
 fetch_refcoco("refcoco", out, tables=f"{at}/t", pictures=f"{at}/i", workers=2, mirror=Mirror("m", {s: (f"{s}.parquet", None) for s in ("train", "val")}), official=dict(train=(8, 12, 4), val=(4, 6, 2)))
 """
