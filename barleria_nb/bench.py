@@ -271,7 +271,7 @@ def bench_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # three panels
-    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five."
+    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. Hollow: its learning rate is still being chosen."
     found = summaries(rows, data)
     if not found: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
     fig = Figure(figsize=(11, 3.6), layout="constrained")
@@ -281,7 +281,7 @@ def bench_figure(
         if not values: continue
         for ax, x in ((axes[0], max(100 * s.rows[0]["share"], .01)), (axes[1], seconds)):
             ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
-            ax.plot(x, statistics.mean(values), "o", color=colour, ms=5)
+            ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if s.rows[0]["whole"] else "white", ms=5)
             ax.annotate(s.name, (x, statistics.mean(values)), xytext=(4, 3), textcoords="offset points", fontsize=6)
         steps, _, ious = zip(*s.rows[0]["curve"])
         axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1, label=s.name)

@@ -243,7 +243,7 @@ def barleria_train(
     workers:whole=0, # processes that load data
     accumulate:positive=1, # parts in which a batch is computed, to save memory
     recompute:bool=False, # compute activations again on the way back, to save memory
-    compile:bool=False, # let torch.compile join small steps; the start takes a minute or more (for GPUs)
+    compile:bool=False, # let torch.compile join small steps; the start takes long (for GPUs)
     save_steps:positive=500, # steps from one saved state to the next
     skip:bool=False, # leave out corrections whose gradient is not finite, instead of stopping
     unreadable:fraction=0., # share of objects whose pictures may be unreadable
@@ -385,6 +385,7 @@ def barleria_eval(
         if (run is None) == (masks is None): raise BarleriaError("give either a run to score, or --masks and somebody's answers.")
         if masks is not None and (sweep or threshold is not None): raise BarleriaError("masks are cut already; --threshold and --sweep are for a run.")
         if partial and masks is None: raise BarleriaError("--partial is for --masks; a run answers every sentence.")
+        if masks is not None and device != "auto": raise BarleriaError("masks are counted where they lie; --device is for a run.")
         rule = protocols.find_protocol(protocol, sentences, threshold)
         if masks is None: refset, about, curve = _model_scores(run, data, split, rule, [k / 20 for k in range(1, 20)] if sweep else (), batch, device)
         else:

@@ -8,7 +8,7 @@ __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze
            'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
-import difflib, errno, hashlib, json, math, os, platform, random
+import difflib, errno, hashlib, json, math, os, platform, random, threading
 from contextlib import contextmanager
 from functools import cache
 from dataclasses import fields, is_dataclass
@@ -213,14 +213,26 @@ def _fits(a, b):
     return a.dtype == b.dtype == torch.float32 and a.shape[1] == b.shape[0] and a.shape[0] * a.shape[1] * b.shape[1] >= 2**20 and all(s > 0 for s in (*a.stride(), *b.stride()))
 
 
-_changed = [] # what `onednn` has put in place, once however often it is nested
+_users, _put, _lock = [], [], threading.Lock() # who is within `onednn` (nested, or in several threads), and what it has put in place
 
 @contextmanager
 def onednn():
-    "Large 32-bit matrix products on the CPU by oneDNN, in the whole process; within it again, or where `can_onednn` says no, nothing changes."
-    if _changed or not can_onednn():
+    "Large 32-bit matrix products on the CPU by oneDNN, in the whole process, until the last who asked for it leaves; where `can_onednn` says no, nothing changes."
+    if not can_onednn():
         yield
         return
+    with _lock:
+        if not _users: _put.append(_exchange())
+        _users.append(None)
+    try: yield
+    finally:
+        with _lock:
+            _users.pop()
+            if not _users: _put.pop()._destroy()
+
+
+def _exchange():
+    "Put oneDNN's products in the place of PyTorch's, until what is returned is destroyed."
     library, product = torch.library.Library("aten", "IMPL"), torch.ops.mkldnn._linear_pointwise.default
     usual = {k: torch.library.get_kernel(f"aten::{k}", "CPU") for k in ("mm", "addmm")}
 
@@ -231,9 +243,7 @@ def onednn():
         return product(a, b.t(), c, "none", [], "") if plain and _fits(a, b) else usual["addmm"].call_boxed(keys, c, a, b, beta=beta, alpha=alpha)
 
     for name, kernel in (("mm", mm), ("addmm", addmm)): library.impl(name, kernel, "CPU", with_keyset=True, allow_override=True)
-    _changed.append(library)
-    try: yield
-    finally: _changed.pop()._destroy()
+    return library
 
 # %% ../nbs/00_core.ipynb #ea8613c1
 REMEDY = {

@@ -270,6 +270,7 @@ def step_speed(
     ways=("here", "plain"), # keys of `WAYS`, measured by turns
 )->dict: # for each way its median `seconds`, `best`, `samples_per_second`, peak `memory` in bytes, and `ratio` of its best to that of the first way
     "Measure training steps on random data of the right shape, in a process of their own; a `BarleriaError` for settings that cannot be."
+    if not ways: raise BarleriaError(f"no way was named; there is {', '.join(WAYS)}.")
     device = _settled(config, device, precision, threads, ways)
     found = _child("step", config=asdict(config), device=device, precision=precision, recompute=recompute, compile=compile, threads=threads, repeats=_positive(repeats, "repeats"), ways=list(ways))
     first = found[ways[0]]["best"]

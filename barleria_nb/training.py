@@ -626,7 +626,7 @@ def train(
     workers:int=0, # processes that load data; 0 is fastest for small pictures
     accumulate:int=1, # parts in which a batch is computed, to save memory (batch normalisation then sees a part at a time)
     recompute:bool=False, # compute activations again on the way back, to save memory; no number changes
-    compile:bool=False, # let `torch.compile` join small steps, at the cost of a minute or more at the start: for GPUs
+    compile:bool=False, # let `torch.compile` join small steps, at the cost of a slow start: for GPUs
     save_steps:int=500, # steps from one saved state to the next, within an epoch
     skip:bool=False, # leave out corrections whose gradient is not finite, and count them; False: stop at the first
     unreadable:float=0., # share of refs whose pictures may be unreadable; others take their places, and the card names them

@@ -6,7 +6,7 @@ from common import line
 from filelock import FileLock
 
 from barleria_nb import bench
-from barleria_nb.bench import BENCH, PAIRS, Bench, Budget, Run
+from barleria_nb.bench import BENCH, Bench, Budget, Run
 from barleria_nb.core import BarleriaError
 from barleria_nb.scale import apart
 from barleria_nb.shapes import make_refshapes
@@ -155,4 +155,3 @@ def test_reading_a_folder_skips_what_is_not_a_run(tmp_path):
 def test_a_process_of_its_own():
     assert apart("barleria_nb.core.near", threads=1, name="trian", names=["train"]) == " Did you mean train?"
     line(lambda: apart("barleria_nb.core.pick_device", name="gpu"), "device 'gpu' is unknown")
-    assert PAIRS > 0

@@ -82,6 +82,7 @@ class Site:
             def do_packed(self, body): self.say(200, body, Content_Encoding="gzip")
             def do_huge(self, body): self.say(200, body, Content_Length=10**12)
             def do_to(self, body, where, stated=None): self.say(302, Location=where, X_Linked_Etag=stated and f'"{stated}"')
+            def do_chunks(self, body): self.say(200, b"3\r\nabc\r\n0\r\n\r\n", Content_Length=None, Transfer_Encoding="chunked")
             def do_mute(self, body): time.sleep(1.5)
 
             def do_endless(self, body):
@@ -660,3 +661,37 @@ def test_what_unfolds_without_end_is_refused():
         start = time.monotonic()
         line(lambda: refcoco._read_plain(data, "refs.p"), "refs.p")
         assert time.monotonic() - start < 5
+
+
+def test_the_body_of_a_redirect_is_not_read():
+    body, request = io.BytesIO(b"x" * 100), refcoco.urllib.request.Request("https://127.0.0.1/x")
+    request.stated = []
+    refcoco._Redirects().redirect_request(request, body, 302, "", {}, "https://127.0.0.1/y")
+    assert body.closed
+
+
+def test_chunks_are_refused(site, tmp_path):
+    told = []
+    site.faults[f"/i/{name(5)}"] = ("chunks",)
+    line(lambda: get(site, tmp_path / "a", tell=told.append), "1 of 2 images are missing", "comes in chunks")
+
+
+def test_killed_between_the_last_files(site, tmp_path, monkeypatch):
+    "The folder is still ours: the same call goes on."
+    def stumble(*_): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(refcoco, "_readme", stumble)
+        with pytest.raises(KeyboardInterrupt): get(site, tmp_path / "a")
+    get(site, tmp_path / "a")
+    whole(tmp_path / "a")
+
+
+def test_a_damaged_xz_archive(site, tmp_path):
+    with tarfile.open(tmp_path / "a.tar.xz", "w:xz") as f:
+        info = tarfile.TarInfo(name(5))
+        info.size = 10**5
+        f.addfile(info, io.BytesIO(random.Random(0).randbytes(10**5)))
+    data = bytearray((tmp_path / "a.tar.xz").read_bytes())
+    data[5000:5100] = bytes(100)
+    (tmp_path / "a.tar.xz").write_bytes(data)
+    line(lambda: get(site, tmp_path / "b", images=tmp_path / "a.tar.xz"), "a.tar.xz")

@@ -1,6 +1,7 @@
 "Operations counted by hand, reports written and resumed, ways that compute the same, and mistakes in one line. Nothing here is timed."
 import json
 import shutil
+import threading
 
 import pytest
 import torch
@@ -68,6 +69,25 @@ def test_onednn_products_of_any_layout_equal_the_usual_ones():
     assert torch.equal(a @ b, usual[0][0])
 
 
+@pytest.mark.skipif(not core.can_onednn(), reason="onednn changes nothing here")
+def test_onednn_stays_until_the_last_thread_leaves():
+    a, b = torch.randn(300, 300), torch.randn(300, 300)
+    usual, inside, left, done = a @ b, threading.Event(), threading.Event(), []
+    def other():
+        with core.onednn(): inside.set(), left.wait(20), done.append(a @ b)
+    thread = threading.Thread(target=other)
+    with core.onednn():
+        mine = a @ b
+        thread.start(), inside.wait(20)
+    left.set(), thread.join()
+    assert torch.equal(done[0], mine) and torch.equal(a @ b, usual) and not core._users and not core._put
+
+
+@pytest.mark.skipif(not core.can_onednn(), reason="onednn changes nothing here")
+def test_within_onednn_shapes_that_do_not_fit_are_told_as_usual():
+    with core.onednn(), pytest.raises(RuntimeError, match="cannot be multiplied"): torch.randn(128, 256) @ torch.randn(200, 128)
+
+
 def fake(task, **arguments):
     "What a measuring process would say."
     if task == "profile": return dict(total=1., rows=[dict(name="aten::mm", seconds=.5, calls=3)])
@@ -124,6 +144,7 @@ def test_mistakes_end_in_one_line(tmp_path):
     line(lambda: speed.step_speed(TINY, device="cpu", threads=0), "threads is 0")
     line(lambda: speed.step_speed(TINY, device="cpu", repeats=0), "repeats is 0")
     line(lambda: speed.step_speed(TINY, device="cpu", ways=("here", "plane")), "plane", "plain")
+    line(lambda: speed.step_speed(TINY, device="cpu", ways=()), "no way was named")
     line(lambda: speed.step_profile(TINY, device="gpu"), "gpu")
     line(lambda: speed.sentence_speed(TINY, tmp_path, device="cpu"), "instances.json")
     line(lambda: speed.sentence_speed(TINY, tmp_path, device="cpu", batches=(1,)), "give one number for each batch")
