@@ -96,9 +96,11 @@ class DenseCrossAdapter(nn.Module):
         heads:int=8, # of the attention
         twice:bool=True, # prefix tokens, which no branch sees, go up as 2F as in the released code; False: as F
         dropout:float=.1, # of attention weights
+        std:float=.02, # spread of the linear maps at the start, above zero
         zero:bool=False, # True: start the up-projection at zero, so that nothing changes at first
     ):
         super().__init__()
+        if not std > 0: raise BarleriaError(f"a spread of {std} starts nothing; give a number above 0, such as .02.")
         if not text: raise BarleriaError("the width of the text tower is unknown, so its words cannot be read; build the adapter for an encoder with a text tower.")
         if type(down) is not int or down < 1 or (branches is None or reduce is None) and down % 16:
             raise BarleriaError(f"a bottleneck of {down} does not divide into halves, quarters and sixteenths; take a multiple of 16, or give branches and reduce.")
@@ -106,14 +108,14 @@ class DenseCrossAdapter(nn.Module):
         self.down, self.up = nn.Linear(width, down), nn.Linear(down, width)
         self.dense = DenseBranches(down, (down // 2, down // 4, down // 4) if branches is None else branches, (down // 16,) * 2 if reduce is None else reduce)
         self.cross = WordAttention(down, text, inner, heads, dropout)
-        self._start(zero)
+        self._start(std, zero)
 
-    def _start(self, zero):
+    def _start(self, std, zero):
         "Linear maps small, q k v as in PyTorch's packed attention, biases zero, as the released code starts; the up-projection zero if wanted."
         for name, m in self.named_modules():
             if not isinstance(m, nn.Linear): continue
             if name in ("cross.q", "cross.k", "cross.v"): nn.init.xavier_uniform_(m.weight, gain=2**-.5)
-            else: nn.init.trunc_normal_(m.weight, std=.02)
+            else: nn.init.trunc_normal_(m.weight, std=std)
             nn.init.zeros_(m.bias)
         if zero: nn.init.zeros_(self.up.weight)
 
@@ -163,11 +165,12 @@ class DenseCross(Tuner):
         masked:bool=True, # never listen to padding; False: the released code
         twice:bool=True, # prefix tokens, as in `DenseCrossAdapter`
         dropout:float=.1, # of attention weights
+        std:float=.02, # as in `DenseCrossAdapter`
         zero:bool=False, # as in `DenseCrossAdapter`
     ):
         super().__init__()
         self.positions, self.scale, self.masked = _positions("DenseCross", positions), scale, masked
-        self.sizes = dict(down=down, branches=branches, reduce=reduce, inner=inner, heads=heads, twice=twice, dropout=dropout, zero=zero)
+        self.sizes = dict(down=down, branches=branches, reduce=reduce, inner=inner, heads=heads, twice=twice, dropout=dropout, std=std, zero=zero)
 
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if it lacks one of the blocks

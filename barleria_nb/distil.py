@@ -6,8 +6,9 @@
 __all__ = ['VIEW', 'LIGHT', 'HIDE', 'TEACHER', 'STUDENT', 'RATE', 'WARM', 'LAST', 'MOMENTUM', 'FAMILIES', 'views', 'stand_out',
            'hidden_patches', 'Prototypes', 'tokens', 'Sighted', 'sinkhorn', 'cross_entropy', 'patch_weights', 'entropy',
            'Lesson', 'Distillation', 'patch_features', 'effective_rank', 'linear_map', 'linear_probe',
-           'neighbour_probe', 'recall', 'centre_probe', 'pace', 'fresh_tower', 'Run', 'pretrain_dino', 'pixel_patches',
-           'clip_patches', 'covers', 'patch_labels', 'probe_patches', 'sentence_vectors', 'readable', 'bridge']
+           'neighbour_probe', 'recall', 'centre_probe', 'pace', 'fresh_tower', 'Run', 'pretrain_dino', 'folded',
+           'pixel_patches', 'clip_patches', 'covers', 'patch_labels', 'probe_patches', 'sentence_vectors', 'readable',
+           'bridge']
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #89692eef
 import copy, json, math, time
@@ -380,10 +381,21 @@ def pretrain_dino(
     return _close(out, run.learner.teacher.tower, settings, rows) if end == steps else run.learner.teacher.tower
 
 
+def folded(
+    tower:nn.Module, # with LayerScale; changed in place
+)->nn.Module: # the same tower
+    "Move LayerScale's factors into the map before each: the same function, and all factors are one. (A tuner inside LayerScale would inherit them.)"
+    with torch.no_grad():
+        for block in tower.blocks:
+            for scale, last in ((block.ls1, block.attn.proj), (block.ls2, block.mlp.fc2)):
+                last.weight.mul_(scale.gamma[:, None]), last.bias.mul_(scale.gamma), scale.gamma.fill_(1)
+    return tower
+
+
 def _close(out, tower, settings, rows):
-    "Store the log and the tower, remove the state; give the tower as stored."
+    "Store the log and the folded tower, remove the state; give the tower as stored."
     with atomic(out / "log.jsonl") as part: part.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    save_tiny_dino(tower, out, dict(settings=settings, last=rows[-1] if rows else {}))
+    save_tiny_dino(folded(copy.deepcopy(tower)), out, dict(settings=settings, last=rows[-1] if rows else {}))
     (out / "state.safetensors").unlink(missing_ok=True)
     return load_tiny_dino(out).eval()
 
