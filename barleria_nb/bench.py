@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BENCH', 'PAIRS', 'Budget', 'Run', 'bench_run', 'best_lr', 'Bench', 'read_bench', 'Summary', 'summaries', 'spread_of',
-           'bench_table', 'bench_figure']
+           'bench_table', 'bench_figure', 'equal_figure']
 
 # %% ../nbs/train/23_bench.ipynb #f758c559
 import itertools, json, os, statistics, time
@@ -20,7 +20,7 @@ from .core import BarleriaError, near, pick_device, read_json, write_json
 from .data import RefSet
 from .metrics import evaluate
 from .inference import read_log
-from .model import METHODS, backbones, config, configurations, ledger, load_tuned
+from .model import METHODS, backbones, config, configurations, ledger, load_tuned, share_name, sizes
 from .probe import minimal_pairs, probe
 from .scale import apart, peak_memory
 from .shapes import FLAVOURS
@@ -98,17 +98,17 @@ def _checked(path, run=None, budget=None):
 # %% ../nbs/train/23_bench.ipynb #5a753d74
 def best_lr(
     rows, # of runs, as `bench_run` returns them
-    name:str, # of a configuration
+    name:str, # of a configuration; one at a share takes that of the configuration it was scaled from
 )->float|None: # None when there is no run of it with a val score
     "The learning rate with the best mIoU on val; of equals, the smallest. Compared are runs of the data set and seed that have most learning rates."
-    tried = {}
+    tried, plain = {}, _plain_name(name)
     for r in rows:
-        if r["run"]["config"] == name and "mIoU" in r: tried.setdefault((r["run"]["data"], r["run"]["seed"]), []).append((-r["mIoU"], r["run"]["lr"]))
+        if r["run"]["config"] == plain and "mIoU" in r: tried.setdefault((r["run"]["data"], r["run"]["seed"]), []).append((-r["mIoU"], r["run"]["lr"]))
     return min(max(tried.values(), key=len))[1] if tried else None
 
 # %% ../nbs/train/23_bench.ipynb #cf3d013c
 class Bench:
-    "A folder of runs under one budget; a `BarleriaError` for unknown methods, towers or data, for jobs below one, and for a folder of another budget."
+    "A folder of runs under one budget; a `BarleriaError` for unknown methods, towers or data, impossible shares, jobs below one, and a folder of another budget. `blank` says which shares a method does not reach, and why."
     def __init__(self,
         out, # folder; one that is there goes on where it was
         methods, # names without the ending, such as ("frozen", "snf", "barleria")
@@ -116,6 +116,7 @@ class Bench:
         *,
         towers=("tiny", "tinydino"), # endings of configurations
         seeds=(0, 1, 2), # the first one's runs choose the learning rates
+        shares=(), # per cent of the towers' numbers: each method is run at these too, once, if it has sizes that reach them
         budget:Budget=Budget(), # shared by all runs
         jobs:int=1, # runs at a time
         threads:int|None=None, # of the CPU for each; None: the cores divided by the jobs
@@ -130,6 +131,7 @@ class Bench:
         for name, folder in self.folders.items():
             if not name or name in (".", "..") or "/" in name or "\\" in name: raise BarleriaError(f"{str(name)[:60]!r} is no name for a data set; give its folder a plain name.")
             if "val" not in (found := RefSet.read(folder).splits): raise BarleriaError(f"{name} has no split 'val' to compare on; it has {', '.join(found)}.")
+        self.scaled, self.blank = _at_shares(self.names, shares)
         self._same_budget()
 
     def _same_budget(self):
@@ -147,12 +149,14 @@ class Bench:
         return list({json.dumps(r["run"]): r for r in self.rows}.values()) # a run of the grid comes again when it is scored whole
 
     def _rounds(self):
-        "The grid, then data set by data set and seed by seed."
+        "The grid, then data set by data set and seed by seed, then the shares."
         first = next(iter(self.folders))
         self._round([Run(first, n, self.seeds[0], lr) for lr in self.budget.lrs for n in self.names], whole=False)
         chosen = {n: best_lr(self.rows, n) for n in self.names}
         for data, seed in itertools.product(self.folders, self.seeds):
             self._round([Run(data, n, seed, lr) for n, lr in chosen.items() if lr], whole=True)
+        for data in self.folders:
+            self._round([Run(data, n, self.seeds[0], lr) for n in self.scaled if (lr := best_lr(self.rows, n))], whole=True)
 
     def _round(self, runs, whole):
         "Some runs, several at a time."
@@ -179,6 +183,17 @@ def _names(methods, towers):
     for t in towers:
         if t not in endings: raise BarleriaError(f"no towers '{str(t)[:60]}'; there is {', '.join(endings)}.{near(str(t)[:60], endings)}")
     return [f"{m}-{t}" for t in dict.fromkeys(towers) for m in dict.fromkeys(methods) if f"{m}-{t}" in configurations()]
+
+
+def _at_shares(names, shares):
+    "Names of configurations at shares, and for those that their sizes do not reach, the reason."
+    found, blank = [], {}
+    for percent, name in itertools.product(dict.fromkeys(shares), names):
+        wanted = share_name(name, percent)
+        if not sizes(config(name)): continue # there is nothing to scale in frozen and full
+        try: found.append(config(wanted).name)
+        except BarleriaError as e: blank[wanted] = str(e)
+    return found, blank
 
 
 def _bench_task(run, folder, out, budget, whole):
@@ -241,6 +256,15 @@ def summaries(
     return found
 
 
+def _found(rows, data):
+    "Summaries, of which there must be some."
+    if found := summaries(rows, data): return found
+    raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
+
+
+def _plain_name(name): return name.split("@")[0]
+
+
 def spread_of(
     values, # numbers
 )->str: # "63.2 ± 0.4", in per cent; "63.2" alone for one, "–" for none
@@ -255,13 +279,12 @@ def bench_table(
     data:str, # name of a data set
 )->str: # a line per configuration
     "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (processor seconds where known); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
-    found, lines = summaries(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
+    found, lines = _found(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
     for s in found.values():
-        r, frozen = s.rows[0], found.get(f"frozen-{s.name.rpartition('-')[2]}")
+        r, frozen = s.rows[0], found.get(f"frozen-{_plain_name(s.name).rpartition('-')[2]}")
         gain = s.against(frozen) if frozen and frozen is not s and r["whole"] and frozen.rows[0]["whole"] else [] # before that, learning rates are still being tried
         lines.append((s.name, f"{r['tuned']:,}", f"{100 * r['share']:.2f}", f"{r['run']['lr']:g}", str(len(s.rows)), spread_of(s.values().values()), spread_of(gain), *(spread_of(s.values(split=t).values()) for t in ("testA", "testB")),
             spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(r.get('cpu') or r['seconds'] for r in s.rows):.0f}", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
-    if len(lines) == 1: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(line[0].ljust(width[0]) + "  " + "  ".join(cell.rjust(w) for cell, w in zip(line[1:], width[1:])) for line in lines)
 
@@ -271,9 +294,8 @@ def bench_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # three panels
-    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. Hollow: its learning rate is still being chosen."
-    found = summaries(rows, data)
-    if not found: raise BarleriaError(f"there are no runs on '{data}'; there are some on {', '.join(sorted({r['run']['data'] for r in rows}))}.")
+    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. Hollow: its learning rate is still being chosen. Runs at equal shares have a figure of their own, `equal_figure`."
+    found = {n: s for n, s in _found(rows, data).items() if "@" not in n}
     fig = Figure(figsize=(11, 3.6), layout="constrained")
     axes, cost = fig.subplots(1, 3), [s.rows[0].get("cpu") or s.rows[0]["seconds"] for s in found.values()]
     for k, (s, seconds) in enumerate(zip(found.values(), cost)):
@@ -288,3 +310,36 @@ def bench_figure(
     axes[0].set(xscale="log", xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %"); axes[1].set(xlabel="seconds of one run, processor time where known")
     axes[2].set(xlabel="step", ylabel="IoU before the correction, %"); axes[2].legend(fontsize=5, ncols=2)
     return fig
+
+# %% ../nbs/train/23_bench.ipynb #43c9a0ee
+def equal_figure(
+    rows, # from `read_bench`
+    data:str, # name of a data set
+    split:str="val", # a split
+)->Figure: # a panel for each pair of towers
+    "mIoU against the share that is tuned, a line per method scaled to equal shares, with the range over seeds; `frozen` and `full` as horizontal lines, of the same seeds where they have them. The legend names the shares that others were run at and a method was not."
+    panels = {}
+    for s in _found(rows, data).values(): panels.setdefault(_plain_name(s.name).rpartition("-")[2], {})[s.name] = s
+    fig = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
+    for ax, (towers, found) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()): _equal(ax, towers, found, split)
+    return fig
+
+
+def _equal(ax, towers, found, split):
+    "The panel of one pair of towers."
+    at = {n: s for n, s in found.items() if "@" in n and s.values(split=split)}
+    shares = sorted({n.partition("@")[2] for n in at}, key=lambda p: min(s.rows[0]["share"] for n, s in at.items() if n.endswith(f"@{p}")))
+    seeds = {seed for s in at.values() for seed in s.values(split=split)}
+    for k, name in enumerate(n for n in dict.fromkeys(map(_plain_name, found)) if n not in (f"frozen-{towers}", f"full-{towers}")):
+        mine = sorted((100 * s.rows[0]["share"], [100 * v for v in s.values(split=split).values()]) for n, s in at.items() if _plain_name(n) == name)
+        missing, colour = [p for p in shares if f"{name}@{p}" not in at], colormaps["tab20"](k % 20)
+        if not shares: continue
+        ax.plot([x for x, _ in mine], [statistics.mean(v) for _, v in mine], "o-", color=colour, ms=4, lw=1, label=name + f" (not at {', '.join(missing)})" * bool(missing))
+        for x, v in mine: ax.plot([x, x], [min(v), max(v)], color=colour, lw=1)
+    for name, style in ((f"frozen-{towers}", ":"), (f"full-{towers}", "--")):
+        if not (s := found.get(name)) or not (values := s.values(split=split)): continue
+        level = 100 * statistics.mean([v for seed, v in values.items() if seed in seeds] or values.values())
+        ax.axhline(level, ls=style, color="0.3", lw=1, label=f"{name}, {100 * s.rows[0]['share']:.1f} %" + ", lr still being chosen" * (not s.rows[0]["whole"]))
+    if not at: ax.text(.5, .5, "nothing was run at equal shares yet", ha="center", transform=ax.transAxes)
+    ax.set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")
+    if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))

@@ -4,15 +4,18 @@
 
 # %% auto #0
 __all__ = ['TUNERS', 'FLOWS', 'BRIDGE', 'LOCAL', 'METHODS', 'GLOBAL', 'LAYERS', 'HEADS', 'PUBLISHED', 'BACKBONES', 'DEPTHS',
-           'NARROW', 'PARAMETRISED', 'FORMAT', 'HEADER', 'TYPES', 'FREE', 'Full', 'Positions', 'dcris', 'backbones',
-           'fitted', 'Config', 'configurations', 'config', 'RISModel', 'build_model', 'parts_of', 'ledger',
-           'tuned_state', 'towers_hash', 'write_tensors', 'save_tuned', 'opened', 'read_note', 'read_tensors',
-           'read_about', 'stored_config', 'load_tuned', 'put_tuned']
+           'NARROW', 'LOUDER', 'SIZES', 'LEAST', 'MOST', 'PARAMETRISED', 'FORMAT', 'HEADER', 'TYPES', 'FREE', 'Full',
+           'Positions', 'dcris', 'backbones', 'fitted', 'Config', 'configurations', 'config', 'RISModel', 'build_model',
+           'parts_of', 'ledger', 'sizes', 'share_name', 'scaled', 'tuned_state', 'towers_hash', 'write_tensors',
+           'save_tuned', 'opened', 'read_note', 'read_tensors', 'read_about', 'stored_config', 'load_tuned',
+           'put_tuned']
 
 # %% ../nbs/12_model.ipynb #d2a903c2
 import hashlib, json, math, re, warnings
+from bisect import bisect_left
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from inspect import Parameter, formatannotation, signature
 from pathlib import Path
 from types import UnionType
@@ -88,7 +91,7 @@ def dcris(
     text:int=64, # bottleneck of the text adapters
 )->tuple: # of (kind, arguments)
     "DCRIS's two tuners."
-    return ("densecross", dict(positions=layers, down=image, inner=128, heads=8)), ("textadapter", dict(positions=layers, down=text))
+    return ("densecross", dict(positions=layers, down=image, inner=128, heads=8, std=.02)), ("textadapter", dict(positions=layers, down=text))
 
 METHODS |= {"dcris": dcris(), "dcris-da": dcris()[:1], "dcris-ta": dcris()[1:]}
 METHODS |= {f"dcris-{n}": dcris(layers) for n, layers in LAYERS.items() if n != 6}
@@ -115,6 +118,7 @@ BACKBONES["tiny-dino"] = BACKBONES["tiny"]
 # %% ../nbs/12_model.ipynb #81701784
 DEPTHS = {"l14": (24, 12), "dino-l14": (24, 12), "detris-l14": (24, 12), "tiny": (6, 6), "tiny-dino": (6, 6)} # image and text blocks, where they are not 12 and 12
 NARROW = dict(width=4, down=4, inner=4, rank=4, heads=2) # by what the tiny towers divide a tuner's sizes
+LOUDER = dict(std=8**.5) # and by what they multiply its spread at the start
 
 def backbones(
     method:str, # a key of `METHODS`
@@ -134,7 +138,7 @@ def fitted(
     "A tuner for other towers: blocks at the same share of the depth; in the tiny towers narrower."
     depth, new = DEPTHS.get(backbone, (12, 12))[kind in ("textadapter", "convtext")], dict(arguments)
     if "positions" in new: new["positions"] = tuple(p * depth // 12 for p in new["positions"])
-    return {k: v // NARROW[k] if backbone.startswith("tiny") and k in NARROW else v for k, v in new.items()}
+    return {k: v // NARROW.get(k, 1) if type(v) is int else v * LOUDER[k] if k in LOUDER else v for k, v in new.items()} if backbone.startswith("tiny") else new
 
 # %% ../nbs/12_model.ipynb #4583eaa5
 @dataclass(frozen=True)
@@ -214,20 +218,25 @@ def _apart(tuners, backbone):
 
 
 def config(
-    name:str, # method and backbone, such as "barleria-noglobal-tiny"
+    name:str, # method and backbone, such as "barleria-noglobal-tiny"; with a share behind it, "lora-tiny@1%", as `scaled` makes it
     train_positions:bool=False, # train the position tables as well (the released behaviour)
     **changes, # fields of `Config` to set otherwise: epochs, batch, lr, words …
 )->Config: # a `BarleriaError` suggests near names for an unknown one
     "Look up a configuration by name."
     if type(train_positions) is not bool: raise BarleriaError(f"train_positions is {_shown(train_positions)}; give True or False.")
-    if name not in configurations(): raise BarleriaError(f"no configuration {str(name)[:60]!r}; `barleria_params` lists them all.{near(str(name)[:60], configurations())}")
     known = [f.name for f in fields(Config)]
     for k in changes.keys() - set(known): raise BarleriaError(f"a configuration has no '{k}'; it has {', '.join(known)}.{near(k, known)}")
+    row = _named_share(name) if type(name) is str and "@" in name else _row(name)
+    return replace(row, **dict(tuners=row.tuners + ((("positions", {}),) if train_positions else ())) | changes)
+
+
+def _row(name):
+    "A method's row on its towers."
+    if name not in configurations(): raise BarleriaError(f"no configuration {str(name)[:60]!r}; `barleria_params` lists them all.{near(str(name)[:60], configurations())}")
     method, backbone = next((m, b) for m in METHODS for ending, b in backbones(m).items() if name == f"{m}-{ending}")
-    tuners = tuple((kind, fitted(kind, arguments, backbone)) for kind, arguments in METHODS[method]) + ((("positions", {}),) if train_positions else ())
     settings = BACKBONES[backbone] | ({} if method in GLOBAL else dict(gst=None))
     settings["head"] = settings["head"] | HEADS.get(method, {})
-    return replace(Config(name, backbone, tuners, pretrained=backbone.startswith("tiny"), **settings), **changes)
+    return Config(name, backbone, tuple((kind, fitted(kind, arguments, backbone)) for kind, arguments in METHODS[method]), pretrained=backbone.startswith("tiny"), **settings)
 
 # %% ../nbs/12_model.ipynb #f21981b8
 class RISModel(nn.Module):
@@ -321,6 +330,68 @@ def ledger(
     backbone = count(encoder)[0] - positions + (count(model.gst)[0] if model.gst else 0)
     return dict(name=config.name, backbone=backbone, parts=beside, positions=positions, prior=count(model.prior)[0] if model.prior else 0,
         head=count(model.head)[0], head_published=model.head.published_count, towers=towers, share=backbone / towers)
+
+# %% ../nbs/12_model.ipynb #351d5448
+SIZES = dict(snf=dict(length=1), intertwine=dict(width=1), bridger=dict(width="heads"), densecross=dict(down=16, inner="heads"), textadapter=dict(down=1), convtext=dict(down=16),
+    adapter=dict(width=1), compacter=dict(width="n", rank=1), lora=dict(rank=1), gst=dict(dim="heads")) # of what each size is a multiple: a number, or another argument
+LEAST, MOST = .01, 20. # per cent of the towers that can be asked for
+
+def sizes(
+    config:Config, # from `config(name)`
+)->dict: # (tuner or "gst", argument) -> (size, of what it is a multiple)
+    "What makes a method small or large, defaults included; nothing for `frozen` and `full`."
+    found = {}
+    for kind, given in (*config.tuners, *([("gst", config.gst)] if config.gst else [])):
+        known = {k: p.default for k, p in signature(TUNERS.get(kind, GST)).parameters.items()} | given
+        found |= {(kind, k): (known[k], known.get(step, step)) for k, step in SIZES.get(kind, {}).items()}
+    return found
+
+
+def share_name(
+    name:str, # of a configuration, such as "lora-tiny"
+    percent:float, # of the numbers of its towers
+)->str: # such as "lora-tiny@1%"
+    "The name of a configuration at a share."
+    if type(percent) not in (int, float) or not (LEAST <= percent <= MOST and float(f"{percent:.2f}") == percent):
+        raise BarleriaError(f"a share of {_shown(percent)} per cent; give a number from {LEAST:g} to {MOST:g} with at most two digits behind the point.")
+    return f"{name}@{percent:g}%"
+
+
+def scaled(
+    name:str, # of a configuration, such as "lora-tiny"
+    percent:float, # of the numbers of its towers that is to be tuned
+)->Config: # named as `share_name` says
+    "All sizes of a row multiplied by one factor, so that the ledger's share is nearest to the wanted one; a `BarleriaError` where a row has no sizes, or none that comes within a fifth."
+    full, row, wanted, high = share_name(name, percent), _row(name), percent / 100, 1
+    if not sizes(row): raise BarleriaError(f"'{name}' has no sizes to scale, so it has no share of {percent:g} %; take a method with a width, a rank or steps.")
+    while _share(name, high) < wanted: high *= 2
+    n = bisect_left(range(high), wanted, 1, key=lambda n: _share(name, n)) # the first that is not below
+    n = min(range(max(n - 1, 1), n + 1), key=lambda n: abs(_share(name, n) - wanted))
+    c = replace(_at(row, n), name=full)
+    if abs(_share(name, n) - wanted) > wanted / 5:
+        raise BarleriaError(f"'{name}' comes no nearer to {percent:g} % than {100 * _share(name, n):.2f} % ({', '.join(f'{kind} {k} {size}' for (kind, k), (size, _) in sizes(c).items())}); give another share.")
+    return c
+
+
+def _named_share(name):
+    "What a name with a share means; it must be written as `share_name` writes it."
+    found = re.fullmatch(r"([^@]+)@([0-9]{1,2}(?:\.[0-9]{1,2})?)%", name)
+    if not found or share_name(found[1], float(found[2])) != name:
+        raise BarleriaError(f"no configuration {name[:60]!r}; write a share as in lora-tiny@1%, from {LEAST:g} to {MOST:g} per cent with at most two digits behind the point.")
+    return scaled(found[1], float(found[2]))
+
+
+def _at(row, n):
+    "A row with all sizes multiplied by the factor that makes its finest size `n` steps."
+    old = sizes(row)
+    finest = max(size // step for size, step in old.values())
+    new = {k: max(1, (2 * n * size + finest * step) // (2 * finest * step)) * step for k, (size, step) in old.items()}
+    fit = lambda kind, given: given | {k: size for (of, k), size in new.items() if of == kind}
+    return replace(row, tuners=tuple((kind, fit(kind, given)) for kind, given in row.tuners), gst=row.gst and fit("gst", row.gst))
+
+
+@lru_cache(4096)
+def _share(name, n): return ledger(_at(_row(name), n))["share"]
 
 # %% ../nbs/12_model.ipynb #bfa6430c
 def tuned_state(

@@ -8,6 +8,7 @@ from filelock import FileLock
 from barleria_nb import bench
 from barleria_nb.bench import BENCH, Bench, Budget, Run
 from barleria_nb.core import BarleriaError
+from barleria_nb.model import config, ledger
 from barleria_nb.scale import apart
 from barleria_nb.shapes import make_refshapes
 
@@ -155,3 +156,75 @@ def test_reading_a_folder_skips_what_is_not_a_run(tmp_path):
 def test_a_process_of_its_own():
     assert apart("barleria_nb.core.near", threads=1, name="trian", names=["train"]) == " Did you mean train?"
     line(lambda: apart("barleria_nb.core.pick_device", name="gpu"), "device 'gpu' is unknown")
+
+
+# ---------------------------------------------------------------- equal shares
+
+def test_runs_at_equal_shares(data, inside, tmp_path):
+    "After all others, whole, with the first seed and the learning rate chosen for the method itself; blanks are told; the same call changes nothing."
+    out = tmp_path / "b"
+    make = lambda **k: Bench(out, ("frozen", "lora"), dict(refshapes=data), towers=("tiny",), seeds=(0, 1), budget=Budget(batch=16, lrs=(1e-3,)), **dict(dict(shares=(.2, 1)), **k))
+    first = make()
+    assert first.scaled == ["lora-tiny@1%"] and list(first.blank) == ["lora-tiny@0.2%"] and "comes no nearer to 0.2 % than 0.50 % (lora rank 1)" in first.blank["lora-tiny@0.2%"]
+    first.run()
+    assert inside[-1] == ("refshapes/lora-tiny@1%/seed0-lr0.001", True) and sum("@" in place for place, _ in inside) == 1
+    found = bench.read_bench(out)
+    (r,) = [r for r in found if "@" in r["run"]["config"]]
+    assert r["whole"] and r["probe"] and r["seed"] == 0 and r["tuned"] == ledger(config("lora-tiny@1%"))["backbone"] and r["run"]["lr"] == bench.best_lr(found, "lora-tiny")
+    before = files(out)
+    make().run()
+    assert files(out) == before
+    table = bench.bench_table(found, "refshapes")
+    (line_,) = [l for l in table.splitlines() if l.startswith("lora-tiny@1%")]
+    assert "13,824" in line_ and line_.split()[6] not in ("–", "") # rank 2: half of what rank 4 has; its difference from frozen-tiny
+    assert len(bench.bench_figure(found, "refshapes").axes[2].lines) == 2 # the scaled one is not in it
+    line(lambda: make(shares=(0,)), "a share of 0 per cent")
+    assert files(out) == before
+
+
+def test_a_killed_run_at_a_share_goes_on(data, inside, tmp_path, monkeypatch):
+    evaluate, run = bench.evaluate, Run("refshapes", "snf-tiny@0.5%", 0, 1e-3)
+    def interrupted(*a, **k): raise KeyboardInterrupt
+    monkeypatch.setattr(bench, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt): bench.bench_run(run, data, tmp_path, BUDGET, whole=False)
+    trained = tmp_path / "refshapes/snf-tiny@0.5%/seed0-lr0.001/tuned.safetensors"
+    stamp = trained.stat().st_mtime_ns
+    monkeypatch.setattr(bench, "evaluate", evaluate)
+    row = bench.bench_run(run, data, tmp_path, BUDGET, whole=False)
+    assert trained.stat().st_mtime_ns == stamp and row["run"]["config"] == "snf-tiny@0.5%" and row["memory"] is None
+    assert bench.load_tuned(trained).config == config("snf-tiny@0.5%", epochs=1, batch=16, lr=1e-3)
+
+
+@pytest.mark.parametrize("shares", [(0,), (-1,), (25,), (float("nan"),), (1e9,), (.001,), (1.234,), ("1",), (True,), (None,), (1, 1e-5)])
+def test_impossible_shares_write_nothing(data, tmp_path, shares):
+    line(lambda: Bench(tmp_path / "b", ("lora",), dict(refshapes=data), towers=("tiny",), shares=shares), "per cent; give a number from 0.01 to 20")
+    assert not (tmp_path / "b").exists()
+
+
+def at(name, percent, score, seed=0): return row(f"{name}@{percent}%", seed, score, share=float(percent) / 100)
+
+
+def test_the_figure_of_equal_shares_by_hand():
+    "Lines through what is there, blanks in the legend, floors of the same seeds, a panel per towers."
+    rows = [row("frozen-tiny", 0, .4, share=0.), row("frozen-tiny", 1, .2, share=0.), row("full-tiny", 0, .9, share=.998), row("snf-tiny", 0, .5), row("lora-tiny", 0, .5), row("lora-tinydino", 0, .7),
+        at("snf-tiny", "2", .6), at("lora-tiny", "0.5", .3), at("lora-tiny", "2", .5), at("lora-tiny", "1", .4)]
+    one, two = bench.equal_figure(rows, "d").axes
+    assert (one.get_title(), two.get_title()) == ("tiny", "tinydino")
+    lines = {l.get_label(): l for l in one.lines if not l.get_label().startswith("_")}
+    assert list(lines) == ["snf-tiny (not at 0.5%, 1%)", "lora-tiny", "frozen-tiny, 0.0 %", "full-tiny, 99.8 %"]
+    assert list(lines["lora-tiny"].get_xdata()) == pytest.approx([.5, 1, 2]) and list(lines["lora-tiny"].get_ydata()) == pytest.approx([30, 40, 50])
+    assert list(lines["frozen-tiny, 0.0 %"].get_ydata()) == pytest.approx([40, 40]) # seed 0's, as the others are
+    assert not two.lines and "nothing was run" in two.texts[0].get_text()
+    line(lambda: bench.equal_figure(rows, "e"), "no runs on 'e'", "d")
+    ranges = bench.equal_figure([*rows, row("snf-tiny@2%", 1, .8, share=.02)], "d").axes[0].lines
+    assert any(list(l.get_ydata()) == pytest.approx([60, 80]) for l in ranges)
+    other = bench.equal_figure(rows, "d", "testB").axes[0]
+    assert not other.lines and other.texts # no scores there: nothing to draw, nothing raised
+
+
+def test_a_run_at_a_share_has_no_learning_rate_of_its_own():
+    rows = [at("snf-tiny", "1", .9)]
+    assert bench.best_lr(rows, "snf-tiny@1%") is None and bench.summaries(rows, "d") == {}
+    rows += [row("snf-tiny", 0, .5, lr=1e-4), row("snf-tiny", 0, .4)]
+    assert bench.best_lr(rows, "snf-tiny@1%") == bench.best_lr(rows, "snf-tiny") == 1e-4
+    assert set(bench.summaries(rows, "d")) == {"snf-tiny"} # made with another learning rate: not compared

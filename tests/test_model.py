@@ -10,7 +10,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save
 
 from barleria_nb.model import (BACKBONES, TYPES, Config, build_model, config, configurations, ledger, load_tuned, put_tuned, read_about,
-                               save_tuned, towers_hash, tuned_state)
+                               save_tuned, scaled, share_name, sizes, towers_hash, tuned_state)
 from common import line
 
 TINY = [n for n in configurations() if n.endswith("-tiny")]
@@ -110,6 +110,75 @@ def test_ledger_does_not_touch_random_numbers_or_memory():
     before = torch.get_rng_state()
     ledger(config("snf-l14"))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---------------------------------------------------------------- equal shares
+
+@pytest.mark.parametrize("method, kind, knob, step, most", [("adapter", "adapter", "width", 1, 14), ("lora", "lora", "rank", 1, 6), ("etris", "bridger", "width", 4, 24), ("snf", "snf", "length", 1, 13), ("dcris-ta", "textadapter", "down", 1, 26)])
+def test_a_share_is_the_nearest_of_all_sizes(method, kind, knob, step, most):
+    "Against all sizes tried one after another, for rows with one size."
+    row = config(f"{method}-tiny")
+    tried = {n: ledger(replace(row, tuners=tuple((k, a | {knob: n}) for k, a in row.tuners)))["share"] for n in range(step, most, step)}
+    for percent in (.5, 1, 2):
+        best = min(tried, key=lambda n: abs(tried[n] - percent / 100))
+        assert sizes(scaled(row.name, percent)) == {(kind, knob): (best, step)} and abs(tried[best] - percent / 100) <= percent / 500
+
+
+@pytest.mark.parametrize("name", ["compacter-tiny@0.5%", "snf+etris-tiny@2%", "barleria-noglobal-tinydino@1%", "barleria-tiny@1%", "dcris-tinydino@2%", "dcris-1-tiny@1%", "detris-tiny@4%", "etris-64-tiny@0.5%"])
+def test_rows_of_several_sizes_keep_all_else_and_run(name):
+    "Only sizes change, each a multiple of its step, all by about one factor; the model is built and learns."
+    plain, c = config(name.split("@")[0]), config(name)
+    assert replace(c, name=plain.name, tuners=plain.tuners, gst=plain.gst) == plain and [k for k, _ in c.tuners] == [k for k, _ in plain.tuners]
+    wanted = float(name.split("@")[1][:-1]) / 100
+    assert abs(ledger(c)["share"] - wanted) <= wanted / 5
+    old, new = sizes(plain), sizes(c)
+    assert old.keys() == new.keys() and all(v % step == 0 and v >= step for v, step in new.values())
+    low, high = max([(v - step / 2) / old[k][0] for k, (v, step) in new.items() if v > step], default=0), min((v + step / 2) / old[k][0] for k, (v, step) in new.items())
+    assert low <= high # there is a factor that rounds to all of them
+    model = build_model(replace(c, pretrained=False))
+    image, ids, words, mask = batch()
+    model(image, ids, words).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    assert sum(p.numel() for p in model.encoder.parameters() if p.requires_grad) + sum(p.numel() for p in (model.gst.parameters() if model.gst else ())) == ledger(c)["backbone"]
+
+
+@pytest.mark.parametrize("name, words", [
+    ("frozen-tiny@1%", ["no sizes"]), ("full-b16@1%", ["no sizes"]), ("dcris-tiny@0.5%", ["no nearer to 0.5 %", "densecross down 16", "another share"]), ("lora-tiny@0.2%", ["no nearer"]), ("lora-tyni@1%", ["no configuration 'lora-tyni'"]),
+    ("lora-tiny@25%", ["0.01 to 20"]), ("lora-tiny@0%", ["0.01 to 20"]),
+    *((n, ["no configuration", "lora-tiny@1%"]) for n in ("@", "@1%", "lora-tiny@", "lora-tiny@1", "lora-tiny@-1%", "lora-tiny@1e9%", "lora-tiny@1.0%", "lora-tiny@01%", "lora-tiny@1.234%", "lora-tiny@nan%", "lora-tiny@1%@1%", "lora-tiny@1%\n", " lora-tiny@%", "lora-tiny@\u0661%", "@" * 10**6,
+        "lora-tiny@" + "9" * 5000 + "%"))])
+def test_names_with_a_share_that_are_none(name, words): line(lambda: config(name), *words)
+
+
+def test_what_a_share_is_asked_of():
+    line(lambda: scaled(None, 1), "no configuration")
+    line(lambda: scaled(["lora-tiny"], 1), "no configuration")
+    line(lambda: scaled("lora-tiny@1%", 1), "no configuration")
+    for percent in (0, -1, 20.01, float("nan"), float("inf"), 1.234, "1", True, None): line(lambda: share_name("lora-tiny", percent), "0.01 to 20")
+    assert [share_name("lora-tiny", p) for p in (.5, 1, 2., 12.34)] == [f"lora-tiny@{p}%" for p in ("0.5", "1", "2", "12.34")]
+
+
+def test_a_share_of_large_towers_makes_no_weights():
+    before = torch.get_rng_state()
+    c = config("lora-b16@1%", words=22)
+    assert abs(ledger(c)["share"] - .01) < 5e-4 and c.words == 22 and torch.equal(torch.get_rng_state(), before)
+    assert ledger(config("lora-tiny@1%", True))["positions"] > 0 and ledger(config("lora-tiny@1%", True))["backbone"] == ledger(config("lora-tiny@1%"))["backbone"]
+    assert not any("@" in n for n in configurations())
+
+
+def test_a_file_of_a_configuration_at_a_share(tmp_path):
+    "It goes there and back by its name; sizes in a file that are not what its name means are refused."
+    model, file = shaken("lora-tiny@1%"), tmp_path / "t.safetensors"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_tuned(model, file)
+    back = load_tuned(file)
+    assert back.config == model.config and all(torch.equal(t, tuned_state(back)[n]) for n, t in tuned_state(model).items())
+    about = read_about(file)
+    for changes, word in ((dict(name="lora-tiny@2%"), "another configuration"), (dict(name="lora-tiny@1.0%"), "no configuration"), (dict(name="lora-tiny@1e9%"), "no configuration"), (dict(name="full-tiny@1%"), "no sizes"),
+                          (dict(tuners=[["lora", dict(rank=10**6)]]), "another configuration"), (dict(json.loads(json.dumps(asdict(tiny("lora-tiny@2%"))))), "tensor")):
+        (tmp_path / "bad.safetensors").write_bytes(save(load_bytes(file.read_bytes()), {"barleria": json.dumps(about | dict(config=about["config"] | changes))}))
+        line(lambda: load_tuned(tmp_path / "bad.safetensors"), word, "bad.safetensors")
 
 
 # ---------------------------------------------------------------- the model
