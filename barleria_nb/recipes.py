@@ -384,7 +384,7 @@ def reproduce(
     "Train a recipe and score it on all its cells; a stopped run goes on, a finished one is only scored. Errors as for `train`."
     data, run = Path(data), Path(out) / (recipe.run + f"-seed{seed}" * (seed > 0))
     card = train(recipe.config(pretrained), RefSet.read(data / recipe.data), run, seed=seed, device=device, precision=precision, val_refs=val_refs, workers=workers, progress=progress)
-    segment = Segmenter.load(run, device)
+    segment = Segmenter.from_pretrained(run, device)
     model, c = segment.model, segment.model.config
     part = lambda d, s: evaluate(model, RefSet.read(data / d, s), size=c.size, length=c.words, batch=batch, device=next(model.parameters()).device, progress=progress).summary()
     return card, {(d, s): part(d, s) for d, s in recipe.cells}

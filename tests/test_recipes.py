@@ -283,7 +283,7 @@ def through(name, out, splits, **changes):
     "Train, load, score every split; the card and the sentences scored."
     data = few(splits)
     card = train(config(name, **changes), data, out, val_refs=1, device="cpu", progress=False)
-    model = Segmenter.load(out, "cpu").model
+    model = Segmenter.from_pretrained(out, "cpu").model
     scores = {s: evaluate(model, data.split(s), size=model.config.size, length=model.config.words, batch=2, progress=False) for s in ("testA", "testB", "val")}
     assert card["done"] and all(0 <= s.summary()["mIoU"] <= 1 for s in scores.values())
     return card, {s: len(v) for s, v in scores.items()}
