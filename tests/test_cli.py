@@ -23,7 +23,7 @@ from barleria_nb.data import RefSet, decode_mask
 from barleria_nb.shapes import make_refshapes
 
 SAMPLE = Path(__file__).resolve().parents[2] / "shared" / "data" / "refcoco-sample"
-COMMANDS = ("barleria_demo", "barleria_train", "barleria_eval", "barleria_segment", "barleria_params", "barleria_runs", "barleria_speed", "barleria_bench", "barleria_data", "barleria_table", "barleria_mix", "barleria_check", "barleria_import")
+COMMANDS = ("barleria_demo", "barleria_train", "barleria_eval", "barleria_segment", "barleria_params", "barleria_runs", "barleria_speed", "barleria_bench", "barleria_export", "barleria_data", "barleria_table", "barleria_mix", "barleria_check", "barleria_import")
 NAME = "barleria-noglobal-tiny"
 
 
