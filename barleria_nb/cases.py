@@ -21,7 +21,7 @@ from pycocotools import mask as coco
 from .bench import Run, best_lr, read_bench
 from .core import BarleriaError, read_json, show_image, stable_hash, write_json
 from .data import RefSet, decode_mask
-from .inference import Segmenter, _outlined, _writable
+from .inference import Segmenter, _outlined
 from .metrics import above, counts, iou
 from .model import configurations
 from .shapes import _FIRST_ID, COLOURS, SCENES, SIDE, split_scene
@@ -116,7 +116,7 @@ def chosen_runs(
     for n in names:
         mine = [r for r in rows if r["run"]["config"] == n and r["run"]["lr"] == best_lr(rows, n) and (Path(out) / Run(**r["run"]).place / "tuned.safetensors").is_file()]
         if mine: found[n] = min(mine, key=lambda r: r["seed"]) | dict(tried=sorted({r["run"]["lr"] for r in rows if r["run"]["config"] == n and "mIoU" in r}))
-    missing = ", ".join(str(n)[:40] for n in names if n not in found)[:200]
+    missing = ", ".join(_one_line(str(n))[:40] for n in names if n not in found)[:200]
     if missing or not names: raise BarleriaError(f"{out} has no finished run of {missing or 'any configuration'} on this data, with its tuned.safetensors; run `barleria_bench` first, or name others.")
     return found
 
@@ -208,7 +208,7 @@ def _misfit(x, form, where=""):
 def _unsound(c):
     "What is wrong with the sums and the cases of a dict of the right form, or None."
     if c["format"] != CASES: return "format"
-    if not c["runs"] or not c["cases"]: return "runs or cases"
+    if not c["runs"] or not 0 < len(c["cases"]) <= min(EACH * len(SORTS), c["sentences"]): return "runs or cases"
     for name, r in c["runs"].items():
         total, wrong = sum(r["bins"]), r["verdicts"]["other"] + r["verdicts"]["other, rough"]
         if len(r["bins"]) != BINS or not total == sum(r["verdicts"].values()) == c["sentences"] or sum(r["bins"][BINS // 2:]) != r["verdicts"]["right"] or sum(r["shared"].values()) != wrong: return f"the counts of {name!r}"
@@ -228,10 +228,13 @@ def _case_truth(case):
 def _case_masks(case): return {n: decode_mask(dict(size=[SIDE, SIDE], counts=a["mask"]), SIDE, SIDE).astype(bool) for n, a in case["answers"].items()}
 
 
+def _one_line(text): return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
 def _checked(c, path):
     bad = _misfit(c, _FORM)
     if bad is None: bad = _unsound(c)
-    if bad is not None: raise BarleriaError(f"{path} holds no sound cases ({' '.join(_writable(bad).split())[:200] or 'not a record'}); make them again with `answer_cases`.")
+    if bad is not None: raise BarleriaError(f"{path} holds no sound cases ({_one_line(bad)[:200] or 'not a record'}); make them again with `answer_cases`.")
     return c
 
 
@@ -254,7 +257,7 @@ def _known(cases, names):
     "Names of runs, all of them by default."
     names = list(cases["runs"] if names is None else names)
     if not names or (unknown := [n for n in names if n not in cases["runs"]]):
-        raise BarleriaError(f"there are no answers of {', '.join(str(n)[:40] for n in unknown)[:150] if names else 'no method'}; there are some of {', '.join(n[:40] for n in cases['runs'])[:250]}.")
+        raise BarleriaError(f"there are no answers of {', '.join(_one_line(str(n))[:40] for n in unknown)[:150] if names else 'no method'}; there are some of {', '.join(_one_line(n)[:40] for n in cases['runs'])[:250]}.")
     return names
 
 
@@ -276,14 +279,14 @@ def case_figure(
         scene, target, masks, plain = _scene(case["image"]), case["ref"] % 10, _case_masks(case), dict(fontsize=6.5, parse_math=False)
         plan = _plan(scene)
         show_image(scene.image // 8 * 8, axes[0]) # noise in 32 levels makes smaller files
-        axes[0].set_title(textwrap.fill(textwrap.shorten(_writable(case["sentence"]), 90, placeholder=" …"), 22), **plain)
+        axes[0].set_title(textwrap.fill(textwrap.shorten(_one_line(case["sentence"]), 90, placeholder=" …"), 22), **plain)
         axes[0].text(-.06, .5, case["sort"], rotation=90, ha="right", va="center", transform=axes[0].transAxes, **plain)
         _outlined(axes[1], plan, scene.things[target].mask, (.1, .7, .2))
         if not k: axes[1].set_title("truth", **plain)
         for ax, n in zip(axes[2:], names):
             what = verdict(masks[n], _things(scene), target)[0]
             _outlined(ax, plan, masks[n], (1., .25, .1))
-            ax.set_title(("" if k else f"{_writable(n)[:24]}\n") + f"{case['answers'][n]['iou']:.2f} {what}", **plain)
+            ax.set_title(("" if k else f"{_one_line(n)[:24]}\n") + f"{case['answers'][n]['iou']:.2f} {what}", **plain)
             ax.add_artist(ax.patch) # the frame, in the verdict's colour, which `set_axis_off` would hide
             ax.patch.set(edgecolor=VERDICTS[what], linewidth=3, facecolor="none", zorder=3)
     return fig
@@ -310,7 +313,7 @@ def count_figure(
             left += width
         ax.set(xlim=(0, 100), xlabel=f"% of the sentences: {title}")
         ax.legend(fontsize=6.5, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
-    ax.set_yticks(range(len(names)), [_writable(n)[:30] for n in names], fontsize=8, parse_math=False)
+    ax.set_yticks(range(len(names)), [_one_line(n)[:30] for n in names], fontsize=8, parse_math=False)
     ax.invert_yaxis()
     return fig
 
@@ -332,7 +335,7 @@ def verdict_table(
     for n in _known(cases, names):
         r, v = cases["runs"][n], cases["runs"][n]["verdicts"]
         on = v["right"] + v["right, rough"]
-        lines.append((_writable(n), f"{r['lr']:g}" + ("" if r["whole"] else "?"), f"{100 * r['mIoU']:.1f}", _percent(on, cases["sentences"]), _percent(v["right"], on), *(_percent(v[k], cases["sentences"]) for k in VERDICTS)))
+        lines.append((_one_line(n), f"{r['lr']:g}" + ("" if r["whole"] else "?"), f"{100 * r['mIoU']:.1f}", _percent(on, cases["sentences"]), _percent(v["right"], on), *(_percent(v[k], cases["sentences"]) for k in VERDICTS)))
     return _lined(lines)
 
 
@@ -344,5 +347,5 @@ def shared_table(
     lines = [("configuration", "answers", *SHARED)]
     for n in _known(cases, names):
         common = cases["runs"][n]["shared"]
-        lines.append((_writable(n), str(sum(common.values())), *(_percent(common[k], sum(common.values())) for k in SHARED)))
+        lines.append((_one_line(n), str(sum(common.values())), *(_percent(common[k], sum(common.values())) for k in SHARED)))
     return _lined([*lines, ("at random", "", *(_percent(cases["chance"][k], 1) for k in SHARED))])

@@ -183,6 +183,8 @@ def edits(c):
     yield at("format", to="something else"), "format"
     yield at("runs", to={}), "runs or cases"
     yield at("cases", to=[]), "runs or cases"
+    yield at("cases", to=c["cases"] * 2), "runs or cases"
+    yield at("sentences", to=0), "runs or cases"
     yield at("cases", to=c["cases"] * 20), "/cases"
     yield at("runs", to={str(k): c["runs"][name] for k in range(200)}), "/runs"
     yield at("runs", "x" * 70, to=c["runs"][name]), "/runs"
@@ -263,6 +265,17 @@ def test_blank_methods_and_odd_words(cases, tmp_path):
     count_figure(read).savefig(tmp_path / "b.png")
     assert verdict_table(read).splitlines()[1].split()[2:] == ["0.0", "0.0", "–", *["0.0"] * 6, "100.0"]
     assert shared_table(read).splitlines()[1].split()[1:] == ["0", "–", "–", "–", "–"]
+
+
+def test_names_by_a_stranger(cases, tmp_path):
+    "A name keeps to its line and commands no terminal."
+    odd, name = copy.deepcopy(cases), "\x1b[2Jlora-tiny@1%\n\ud800"
+    odd["runs"][name] = odd["runs"].pop("snf-tiny")
+    for c in odd["cases"]: c["answers"][name] = c["answers"].pop("snf-tiny")
+    read = read_cases(put(tmp_path / "odd.json", odd))
+    for table in (verdict_table(read), shared_table(read)): assert "\n[2Jlora-tiny@1% " in table and "\x1b" not in table and len(table.splitlines()) in (3, 4)
+    line(lambda: verdict_table(read, ["lora-tiny@1%\n"]), "no answers of lora-tiny@1%;")
+    case_figure(read), count_figure(read)
 
 
 def test_the_saved_cases():
