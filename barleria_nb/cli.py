@@ -428,19 +428,21 @@ class _Some(argparse.Action):
     def __call__(self, parser, namespace, values, option_string=None): setattr(namespace, self.dest, values)
 
 
+def _has_suffix(name): return Path(name).suffix.lower() in SUFFIXES
+
+
+def _is_picture(name): return _has_suffix(name) and os.path.isfile(name)
+
+
 def _places(image, words, listed):
     "Pictures, and sentences, among the words of a line."
     from barleria_nb.core import BarleriaError
-    picture = lambda w: Path(w).suffix.lower() in SUFFIXES
     n = 0
-    while n < len(words) and (picture(words[n]) and os.path.isfile(words[n]) or "/" in words[n].replace(os.sep, "/") and os.path.isdir(words[n])): n += 1
+    while n < len(words) and (_is_picture(words[n]) or "/" in words[n].replace(os.sep, "/") and os.path.isdir(words[n])): n += 1
     if listed: return [image, *words], []
     for w in words[n:]:
-        if picture(w): raise BarleriaError(f"{w} is {'a picture after a sentence; name pictures first' if os.path.exists(w) else 'missing; check the path'}, and put a sentence that ends so into a file for --sentences.")
+        if _has_suffix(w): raise BarleriaError(f"{w} is {'a picture after a sentence; name pictures first' if os.path.exists(w) else 'missing; check the path'}, and put a sentence that ends so into a file for --sentences.")
     return [image, *words[:n]], words[n:]
-
-
-def _is_picture(name): return Path(name).suffix.lower() in SUFFIXES and os.path.isfile(name)
 
 
 @call_parse
@@ -460,12 +462,13 @@ def barleria_segment(
     if not words and not sentences:
         note("barleria_segment: error: say what to segment: sentences after the picture, or --sentences FILE")
         raise SystemExit(2)
-    with told("barleria_segment", debug, "stopped; the same command goes on from there."):
+    with told("barleria_segment", debug, "stopped; the same command does what is missing."):
         from barleria_nb import photos
         from barleria_nb.core import BarleriaError
-        from barleria_nb.inference import Segmenter
+        from barleria_nb.inference import Segmenter, tuned_file
         from barleria_nb.metrics import THRESHOLD
         if _is_picture(run): raise BarleriaError(f"{run} is a picture; the model comes first. Without a run of your own, write barleria-tiny, which ships with the package and knows drawn shapes.")
+        if os.path.isdir(run): tuned_file(run) # before a missing picture is told: the model may have been forgotten
         places, said = _places(image, words or [], sentences)
         plan = photos.plan_photos(places, said, sentences)
         if plan.left: note("passed over: " + ", ".join(f"{n} {what}" for what, n in plan.left.items()))

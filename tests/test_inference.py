@@ -21,7 +21,7 @@ from safetensors.torch import save
 import barleria_nb.inference as module
 from barleria_nb.core import asset, read_json, write_json
 from barleria_nb.data import MAX_PIXELS, Letterbox
-from barleria_nb.inference import FACTS, Result, Results, Segmenter, facts, find_model, model_card, read_card, save_masks, shipped_models, split_scores, tuned_file
+from barleria_nb.inference import FACTS, Result, Results, Segmenter, facts, find_model, model_card, read_card, shipped_models, split_scores, tuned_file
 from barleria_nb.metrics import THRESHOLD
 from barleria_nb.model import build_model, config, read_about, save_tuned
 from barleria_nb.scale import forget_peak, peak_memory
@@ -169,6 +169,20 @@ def test_no_hub(hub, monkeypatch, mine, error):
     assert Segmenter.from_pretrained("owner/name").model.config.name == "barleria-tiny" # an earlier copy
 
 
+@pytest.mark.parametrize("revision", [None, "v1", "c0ffee", "../../x"])
+def test_an_earlier_copy_is_found_without_a_network(hub, monkeypatch, tmp_path, revision):
+    "The hub's cache as the hub's own library lays it out, with a download pinned to a commit."
+    hub.cache = tmp_path / "hub" / "models--owner--name" / "snapshots" / "c0ffee"
+    (tmp_path / "hub" / "models--owner--name" / "snapshots").mkdir(parents=True)
+    monkeypatch.setattr(hub, "metadata", lambda url, timeout: SimpleNamespace(size=9, commit_hash="c0ffee"))
+    monkeypatch.setattr(module, "get_hf_file_metadata", hub.metadata)
+    first = find_model("owner/name", revision)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if revision == "../../x": line(lambda: find_model("owner/name", revision), "is missing on this machine")
+    else: assert find_model("owner/name", revision) == first
+    assert {p.name for p in (tmp_path / "hub").iterdir()} == {"models--owner--name"} and not list(tmp_path.glob("x"))
+
+
 def test_offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     line(lambda: Segmenter.from_pretrained("owner/name"), "HF_HUB_OFFLINE is set", "'owner/name'")
@@ -248,6 +262,15 @@ def test_a_mixture_is_noticed(segment, mine):
     other = Segmenter(build_model(config("barleria-tiny"), seed=2)).save_pretrained(mine.parent / "other")
     shutil.copy(other / "config.json", mine)
     line(lambda: Segmenter.from_pretrained(mine), "describes another file")
+
+
+def test_the_folder_where_one_stands(segment, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    segment.save_pretrained(".")
+    assert sorted(os.listdir()) == ["README.md", "config.json", "tuned.safetensors"] and 'from_pretrained("here")' in Path("README.md").read_text()
+    assert Segmenter.from_pretrained(".").card == segment.card and os.listdir(tmp_path) == ["here"]
+    line(lambda: segment.save_pretrained("/"), "is no place for a model")
 
 
 def test_places_that_cannot_be(segment, tmp_path):
@@ -380,5 +403,5 @@ def test_fifty_megapixels(segment, tmp_path):
     before = peak_memory(torch.device("cpu"))
     three = segment(image, SENTENCES, .01)
     assert [r.mask.shape for r in three] == [image.shape[:2]] * 3 and three[0].area > 0
-    assert three.show() and save_masks(three, tmp_path / "masks")[2]["height"] == 5000
+    assert three.show() and module._record(three[2], "x.png")["height"] == 5000
     assert peak_memory(torch.device("cpu")) - before < 1.9e9

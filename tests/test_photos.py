@@ -10,6 +10,7 @@ import sys
 import time
 import unicodedata
 import weakref
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from barleria_nb import cli, core, photos
-from barleria_nb.inference import Result, Segmenter, save_masks
+from barleria_nb.inference import Result, Segmenter, _record, slug
 from barleria_nb.model import build_model, config
 from barleria_nb.shapes import split_scene
 
@@ -106,7 +107,7 @@ def test_plain_names_stay():
 # ---------------------------------------------------------------------------------------------------------------- pictures
 def test_what_is_found(album, tmp_path):
     picture(tmp_path / "secret.png"), picture(album / ".thumb" / "x.png"), picture(album / ".x.png")
-    (album / "out.png").symlink_to(tmp_path / "secret.png"), (album / "in.png").symlink_to(album / "a.png"), (album / "up").symlink_to(tmp_path), (album / "gone.png").symlink_to("nowhere.png")
+    (album / "out.png").symlink_to(tmp_path / "secret.png"), (album / "in.png").symlink_to(album / "a.png"), (album / "up").symlink_to(tmp_path), (album / "gone.png").symlink_to("nowhere.png"), (album / "loop").symlink_to("loop")
     os.mkfifo(album / "pipe.png")
     (album / "dir.png").mkdir()
     (album / "x.heic").touch()
@@ -259,6 +260,11 @@ def test_places_for_answers(album, tmp_path):
     line(lambda: go(album, tmp_path / "photos" / "a.png"), "is a file")
     (tmp_path / "mine" / "masks").mkdir(parents=True)
     line(lambda: go(album, tmp_path / "mine"), "somebody else's")
+    picture(tmp_path / "yours" / "sheet.png")
+    line(lambda: go(album, tmp_path / "yours"), "'sheet.png' of somebody else's")
+    (tmp_path / "yours" / "sheet.png").unlink()
+    line(lambda: go(album, tmp_path / "x", threshold=35), "not in [0, 1)")
+    assert not (tmp_path / "x").exists()
     inside = album / "b" / "answers"
     go(album, inside, overlays=True)
     assert go(album, inside).new == 0 and go(album, tmp_path / "other").pictures == 3
@@ -285,8 +291,76 @@ def test_half_a_record_counts_for_nothing(album, tmp_path, text):
     assert go(album, out).new == 1 and tree(out) == whole
 
 
+def test_a_record_of_a_stranger(album, tmp_path):
+    "What a record claims is checked before it is drawn, counted or handed on."
+    out = tmp_path / "out"
+    go(album, out, formats=photos.FILES)
+    record = out / "records" / "a_png.jsonl"
+    head, first, second = map(json.loads, record.read_text().splitlines())
+    put = lambda *rows: record.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    runs = lambda h, w: dict(size=[h, w], counts="0" * 9)
+    for claim in (dict(sentence="a dog"), dict(sentence=7), dict(sentence="half \ud83d"), dict(area="big"), dict(area=-1), dict(area=10**400), dict(truncated="yes"), dict(box="x"), dict(box=[0, 0, 1, "x"]), dict(probability=float("nan")), dict(probability="x"),
+            dict(rle=7), dict(rle=runs(30, 41)), dict(rle=dict(size=[30, 40], counts="\ud83d")), dict(rle=runs(30, 40) | dict(more=1)), dict(height=200_000, width=200_000, rle=runs(200_000, 200_000)), dict(more="\ud83d")):
+        put(head, first | claim, second)
+        line(lambda: go(album, out), "a_png.jsonl is damaged; delete it")
+    for claim in (dict(height="x"), dict(height=0), dict(width=10**400), dict(height=10**6, width=10**6), dict(height=True), dict(image=7), dict(stamp=7)): # nothing of use: it is made again
+        put(head | claim, first, second)
+        assert go(album, out).new == 1
+
+
+def test_a_hostile_page(album, tmp_path):
+    "Where a page of the sheet should be lies a PNG that claims billions of pixels, or a pipe."
+    out = tmp_path / "out"
+    go(album, out)
+    page = (out / "sheet.png").read_bytes()
+    ihdr = b"IHDR" + (60_000).to_bytes(4, "big") * 2 + page[24:29]
+    bomb = page[:12] + ihdr + zlib.crc32(ihdr).to_bytes(4, "big") + page[33:]
+    (out / "sheet.png").write_bytes(bomb), (out / "sheet-7.png").write_bytes(bomb), os.mkfifo(out / "sheet-8.png")
+    go(album, out)
+    assert (out / "sheet.png").read_bytes() == page and (out / "sheet-7.png").exists()
+
+
+def test_an_edited_picture_and_a_stop(album, tmp_path, monkeypatch):
+    "A stop between the new record and its drawings leaves no old mask behind."
+    go(album, tmp_path / "out", overlays=True)
+    picture(album / "a.png", 9, (20, 25))
+    def stop(*a): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(photos._Worker, "draw", stop)
+        with pytest.raises(KeyboardInterrupt): go(album, tmp_path / "out")
+    go(album, tmp_path / "out")
+    assert Image.open(tmp_path / "out" / "masks" / "a_png" / "0_a-cat.png").size == (25, 20)
+    go(album, tmp_path / "new", overlays=True)
+    assert {k: v for k, v in tree(tmp_path / "out").items() if "/" in k} == {k: v for k, v in tree(tmp_path / "new").items() if "/" in k}
+
+
+def test_a_picture_that_changes_while_it_is_read(album, tmp_path, monkeypatch):
+    usual = photos.read_image
+    def read(path):
+        pixels = usual(path)
+        if path.name == "a.png" and path.parent == album: picture(path, 9, (20, 25))
+        return pixels
+    with monkeypatch.context() as m:
+        m.setattr(photos, "read_image", read)
+        go(album, tmp_path / "out")
+    assert go(album, tmp_path / "out").new == 1 and Image.open(tmp_path / "out" / "masks" / "a_png" / "0_a-cat.png").size == (25, 20)
+
+
+def test_a_picture_is_not_replaced_by_its_mask(tmp_path):
+    for name in ("0_a-cat.png", "overlays.png"):
+        before = picture(tmp_path / name).read_bytes()
+        line(lambda: photos.segment_photos(Fake(), photos.plan_photos([tmp_path / name], ["a cat"]), tmp_path, progress=False), "is the picture itself", name)
+        assert (tmp_path / name).read_bytes() == before and not (tmp_path / "masks.json").exists()
+
+
 def test_hostile_settings_file(album, tmp_path):
     go(album, tmp_path / "out")
+    mark = core.read_json(tmp_path / "out" / photos.MARK)
+    for odd in (dict(formats=7), dict(formats=[["x"], "xml"]), dict(formats=None)):
+        core.write_json(tmp_path / "out" / photos.MARK, mark | odd)
+        assert go(album, tmp_path / "out").new == 0
+    core.write_json(tmp_path / "out" / photos.MARK, mark | dict(model="two\nlines"))
+    line(lambda: go(album, tmp_path / "out"), "two lines there")
     for text in ("[]", "7", "{", "{}"):
         (tmp_path / "out" / photos.MARK).write_text(text)
         line(lambda: go(album, tmp_path / "out"))
@@ -309,7 +383,9 @@ def test_a_full_disk_stops_and_then_goes_on(album, tmp_path, monkeypatch):
 
 def test_one_process_at_a_time(album, tmp_path):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"): line(lambda: go(album, tmp_path / "out"), "another process works in")
+    with FileLock(tmp_path / "out" / ".lock"):
+        line(lambda: go(album, tmp_path / "out"), "another process works in")
+        line(lambda: go(album / "a.png", tmp_path / "out"), "another process works in")
 
 
 def test_many_sentences_take_little_memory(tmp_path):
@@ -330,6 +406,13 @@ def test_long_odd_and_repeated_sentences(tmp_path):
     line(lambda: photos.plan_photos([tmp_path / "p"], ["x" * 10_001]), "over 10,000")
     line(lambda: photos.plan_photos([tmp_path / "p"], [" "]), "is empty")
     line(lambda: photos.plan_photos([tmp_path / "p"], []), "no sentence")
+    line(lambda: photos.plan_photos([tmp_path / "p"], ["a", None]), "of type NoneType")
+    assert photos.plan_photos(tmp_path / "p", "a circle") == photos.plan_photos([tmp_path / "p"], ["a circle"])
+    rows = ["image,sentence", 'a.png,"x', 'y"', "a.png,z", "image,sentence", "a.png,x", 'a.png,"y', 'z"']
+    (tmp_path / "1.csv").write_text("\n".join(rows[:4])), (tmp_path / "2.csv").write_text("\n".join(rows[4:]))
+    for n in (1, 2): # the same words, divided otherwise
+        ask = lambda: photos.segment_photos(Fake(), photos.plan_photos([tmp_path / "p"], listed=tmp_path / f"{n}.csv"), tmp_path / "divided", progress=False)
+        line(ask, "other sentences") if n == 2 else ask()
 
 
 def test_odd_pictures(tmp_path):
@@ -370,16 +453,16 @@ def test_pages_of_the_sheet(tmp_path, monkeypatch):
     assert {p.name for p in out.glob("sheet*.png")} == {"sheet.png", "sheet-holiday.png"}
 
 
-def test_a_single_picture_is_as_before(tmp_path):
+def test_a_single_picture(tmp_path):
     segment = Segmenter.from_pretrained("barleria-tiny")
     Image.fromarray(split_scene("train", 3).image).save(tmp_path / "a.png")
     asked = ["the red circle", "a square"]
     photos.segment_photos(segment, photos.plan_photos([tmp_path / "a.png"], asked), tmp_path / "one", formats=("png", "coco"), progress=False)
-    records = save_masks(segment(tmp_path / "a.png", asked), tmp_path / "two")
+    answers = segment(tmp_path / "a.png", asked)
+    records = [_record(a, f"{n}_{slug(a.sentence)}.png") for n, a in enumerate(answers)]
     assert core.read_json(tmp_path / "one" / "masks.json") == records
-    one, two = tree(tmp_path / "one"), tree(tmp_path / "two")
-    assert set(one) == {*two, "coco.json"} and all(one[r["file"]] == two[r["file"]] for r in records)
-    photos.segment_photos(segment, photos.plan_photos([tmp_path / "a.png"], asked), tmp_path / "tree", progress=False)
+    assert set(tree(tmp_path / "one")) == {r["file"] for r in records} | {"overlays.png", "masks.json", "coco.json"}
+    for a, r in zip(answers, records): assert ((np.array(Image.open(tmp_path / "one" / r["file"])) > 0) == a.mask).all()
     plan = photos.plan_photos([tmp_path / "a.png", tmp_path / "one" / "0_the-red-circle.png"], asked)
     photos.segment_photos(segment, plan, tmp_path / "many", progress=False) # the same answers by the other way
     rows = [json.loads(l) for l in (tmp_path / "many" / "records" / "a_png.jsonl").read_text().splitlines()[1:]]
@@ -417,7 +500,7 @@ def test_exit_codes(album, tmp_path, quick, capsys):
 
 
 @pytest.mark.parametrize("words, said", [(["m", "ALBUM/a.png", "ALBUM/none.jpg", "cat"], "missing"), (["m", "ALBUM/a.png", "cat", "ALBUM/b/a.png"], "name pictures first"), (["ALBUM/a.png", "cat", "dog"], "the model comes first"),
-    (["m", "ALBUM", " "], "is empty"), (["m", "ALBUM", "x" * 20_000], "over 10,000"), (["m", "ALBUM/none", "cat"], "is missing"), (["m", "ALBUM", "--sentences", "ALBUM/none.txt"], "is missing"), (["m", "ALBUM/b/broken.jpg", "cat"], "is not a picture")])
+    (["m", "ALBUM", " "], "is empty"), (["m", "ALBUM", "x" * 20_000], "over 10,000"), (["m", "ALBUM/none", "cat"], "is missing"), (["m", "ALBUM", "--sentences", "ALBUM/none.txt"], "is missing"), (["m", "ALBUM/b/broken.jpg", "cat"], "is not a picture"), (["ALBUM", "cat", "dog"], "holds no tuned.safetensors")])
 def test_mistakes_are_one_line(album, tmp_path, quick, capsys, words, said):
     assert run(*(w.replace("ALBUM", str(album)) for w in words), "--out", tmp_path / "out") == 1
     only, = capsys.readouterr().err.splitlines()
@@ -449,7 +532,7 @@ def test_ctrl_c_and_on(tmp_path):
     while first.poll() is None and time.time() < end and records() < 3: time.sleep(.01)
     first.send_signal(signal.SIGINT)
     _, said = first.communicate(timeout=300)
-    assert (first.returncode, said) == (1, "barleria_segment: stopped; the same command goes on from there.\n")
+    assert (first.returncode, said) == (1, "barleria_segment: stopped; the same command does what is missing.\n")
     kept = records()
     assert 3 <= kept < 12 and not [p for p in (tmp_path / "stopped").rglob(".*") if p.name != ".lock"]
     done = subprocess.run(words("stopped"), env=env, capture_output=True, text=True, timeout=300)
