@@ -443,8 +443,9 @@ def _claimed(out):
     "Work in a folder that no other process works in."
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock", timeout=0)
-        with lock: yield
+        with FileLock(out / ".lock", timeout=0):
+            try: yield
+            finally: (out / ".lock").unlink(missing_ok=True) # while it is held, nobody else can have it: none of us waits
     except Timeout: raise BarleriaError(f"another process works in {out}; wait for it, or choose another folder.") from None
     except OSError as e: raise BarleriaError(f"{e.filename or out} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
 

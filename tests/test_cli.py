@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from barleria_nb import cli, cli_data, core, inference, metrics, model, protocols, training
+from barleria_nb import cli, cli_data, core, inference, photos, metrics, model, protocols, training
 from barleria_nb.data import RefSet, decode_mask
 from barleria_nb.shapes import make_refshapes
 
@@ -229,7 +229,7 @@ def test_what_the_system_refuses(shop, capsys, monkeypatch, error, said):
 
 def test_odd_sentences_and_many(shop, tmp_path, capsys, monkeypatch):
     "Half a character, a command to the terminal, more answers than one figure shows: each gets its mask, and the screen stays as it is."
-    monkeypatch.setattr(inference, "ROWS", 3)
+    monkeypatch.setattr(photos, "OVERVIEW", 3)
     assert run("barleria_segment", shop.run, shop.photo, "half a \ud83d circle", "\x1b[2J red", *["a circle"] * 8, "--out", tmp_path / "masks") == 0
     seen = capsys.readouterr()
     assert "\x1b" not in seen.out + seen.err and "half a ? circle" in seen.out
