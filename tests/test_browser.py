@@ -199,6 +199,10 @@ def test_explorer(tmp_path):
         lab.refused(third, "shorten it")
         lab.say(" ")
         lab.refused(third, "is empty")
+        said = lab.message()
+        lab.press(Keys.ARROW_LEFT)
+        third = lab.changed(third, "threshold 0.45")
+        assert lab.message() == said  # the sentence in the box is still none
         lab.shot("3_message")
 
         lab.say("the square")
@@ -216,7 +220,7 @@ def test_explorer(tmp_path):
         drawn[20:70, 30:80] = 200, 30, 30
         Image.fromarray(drawn).save(tmp_path / "mine.png")
         (tmp_path / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(range(256)))
-        Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
+        Image.new("1", (10_000, 9500)).save(tmp_path / "huge.png")
         lab.choose("Model", lab.options("Model")[0])
         eighth = lab.changed(seventh)
         lab.upload(tmp_path / "mine.png")
@@ -226,7 +230,7 @@ def test_explorer(tmp_path):
         lab.upload(tmp_path / "bad.png")
         lab.refused(ninth, "bad.png", "choose another file")
         lab.upload(tmp_path / "huge.png")
-        lab.refused(ninth, "huge.png", "64,000,000", "shrink it")
+        lab.refused(ninth, "huge.png", "95,000,000", "shrink it")
         lab.shot("6_refused")
         lab.choose("Picture", "scene 0")
         lab.changed(ninth)
