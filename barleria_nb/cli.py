@@ -505,7 +505,7 @@ def barleria_export(
         from barleria_nb.export import export_onnx
         from barleria_nb.inference import Segmenter
         made = export_onnx(Segmenter.from_pretrained(run, "cpu").model, out)
-        compared = "nothing was compared, as ONNX Runtime is not installed" if made.difference is None else f"largest difference of probabilities from PyTorch's {made.difference:.1g}"
+        compared = f"largest difference of probabilities from PyTorch's {made.difference:.1g}"
         print(_plain(f"{made.folder}: model.onnx ({made.bytes / 1e6:.1f} MB), words.txt, segment.py; {compared}"))
 
 # %% ../nbs/17_cli.ipynb #0833e58e
