@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze', 'count', 'trainable', 'Traced', 'ShapeTable',
            'shape_trace', 'show_image', 'show_mask', 'show_grid', 'pick_device', 'can_onednn', 'onednn', 'atomic',
-           'write_json', 'read_json', 'asset']
+           'atomic_folder', 'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
-import difflib, errno, hashlib, json, math, os, platform, random, threading
+import difflib, errno, hashlib, json, math, os, platform, random, shutil, threading
 from contextlib import contextmanager
 from functools import cache
 from dataclasses import fields, is_dataclass
@@ -275,6 +275,30 @@ def atomic(
         raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
     finally:
         if part.exists(): part.unlink()
+
+# %% ../nbs/00_core.ipynb #91347eb5
+@contextmanager
+def atomic_folder(
+    path, # the folder to write; missing parents are made
+):
+    """Yield a new folder beside `path`. When the block ends well it takes that place or, where there is a folder, its files take theirs in it, the largest last;
+    else `path` stays as it was, and a `BarleriaError` tells what the system reports."""
+    path = Path(path)
+    home = Path(os.path.abspath(path))
+    part = home.parent / f".{home.name[:40]}-{uuid4().hex[:8]}"
+    try:
+        if home.exists() and not home.is_dir(): raise BarleriaError(f"{path} is a file; choose a folder.")
+        part.mkdir(parents=True)
+        yield part
+        files = sorted(part.iterdir(), key=lambda f: f.stat().st_size)
+        for f in files:
+            with open(f, "rb+") as file: os.fsync(file.fileno())
+        if not home.exists(): os.replace(part, home)
+        else:
+            for f in files: os.replace(f, home / f.name)
+    except BarleriaError as e: raise BarleriaError(str(e).replace(str(part), str(path))) from e
+    except OSError as e: raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
+    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #9b363ed7
 def write_json(

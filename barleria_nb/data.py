@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MAX_PIXELS', 'MAX_OUTLINE', 'MAX_PARTS', 'CLIP_MEAN', 'CLIP_STD', 'FORMATS', 'KNOWN', 'START', 'END', 'decode_mask',
-           'read_image', 'Sentence', 'Ref', 'RefSet', 'Letterbox', 'Tokens', 'tokenize', 'normalise', 'prepare',
-           'RefDataset', 'collate']
+           'read_image', 'decode_image', 'Sentence', 'Ref', 'RefSet', 'Letterbox', 'Tokens', 'tokenize', 'normalise',
+           'prepare', 'RefDataset', 'collate']
 
 # %% ../nbs/01_data.ipynb #be2548c6
 import re
@@ -121,16 +121,25 @@ def read_image(
     """Read a picture whatever its kind: grey, palette, 16-bit, transparent (laid on white), turned by EXIF.
 
     A `BarleriaError` names a file that is missing, broken, too large, no picture, or not of `size`."""
+    return decode_image(path, str(path), size)
+
+
+def decode_image(
+    file, # path, or open binary file
+    name:str, # for messages
+    size=None, # as in `read_image`
+)->np.ndarray: # (H, W, 3) uint8
+    "What `read_image` does, for bytes that came another way."
     try:
-        if not Path(path).is_file() and Path(path).exists(): raise BarleriaError("is no file; check the path.") # a pipe would keep us waiting
-        with Image.open(path, formats=FORMATS) as im:
+        if isinstance(file, (str, Path)) and not Path(file).is_file() and Path(file).exists(): raise BarleriaError("is no file; check the path.") # a pipe would keep us waiting
+        with Image.open(file, formats=FORMATS) as im:
             if im.width * im.height > MAX_PIXELS: raise BarleriaError(f"has {im.width * im.height:,} pixels, over {MAX_PIXELS:,}; shrink it.")
             return np.array(_rgb(_upright(im, size)))
-    except FileNotFoundError as e: raise BarleriaError(f"{path} is missing; check the path.") from e
-    except BarleriaError as e: raise BarleriaError(f"{path} {e}") from e
-    except Image.DecompressionBombError as e: raise BarleriaError(f"{path} has over {MAX_PIXELS:,} pixels; shrink it.") from e
-    except Image.UnidentifiedImageError as e: raise BarleriaError(f"{path} is not a picture ({', '.join(FORMATS)} are read); convert or replace it.") from e
-    except Exception as e: raise BarleriaError(f"{path} is broken ({' '.join(str(e).split())[:100]}); fetch it again.") from e
+    except FileNotFoundError as e: raise BarleriaError(f"{name} is missing; check the path.") from e
+    except BarleriaError as e: raise BarleriaError(f"{name} {e}") from e
+    except Image.DecompressionBombError as e: raise BarleriaError(f"{name} has over {MAX_PIXELS:,} pixels; shrink it.") from e
+    except Image.UnidentifiedImageError as e: raise BarleriaError(f"{name} is not a picture ({', '.join(FORMATS)} are read); convert or replace it.") from e
+    except Exception as e: raise BarleriaError(f"{name} is broken ({' '.join(str(e).split())[:100]}); fetch it again.") from e
 
 # %% ../nbs/01_data.ipynb #720cd00e
 @dataclass(frozen=True)

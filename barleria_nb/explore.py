@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from .backbones import TokenRows, rotate
 from .baselines import Bridger
 from .core import BarleriaError, near
-from .data import FORMATS, Letterbox, _bpe, _pieces
+from .data import Letterbox, _bpe, _pieces, decode_image
 from .densecross import DenseCross
 from .inference import Segmenter, _writable, picture, shipped_models, without_each
 from .intertwine import Intertwine
@@ -507,16 +507,9 @@ def uploaded(
     content:bytes, # of the file
 )->np.ndarray: # (H, W, 3) uint8
     "Decode a picture that someone sent; a `BarleriaError` when it is none, is broken or too large."
-    name = _named(name)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning) # `picture` says it
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError as e: raise BarleriaError(f"{name} has too many pixels; shrink it.") from e
-    except Image.UnidentifiedImageError as e: raise BarleriaError(f"{name} is not a picture ({', '.join(FORMATS)} are read); choose another file.") from e
-    except Exception as e: raise BarleriaError(f"{name} is broken ({' '.join(str(e).split())[:100]}); choose another file.") from e # readers fail in many ways
-    try: return picture(image)
-    except BarleriaError as e: raise BarleriaError(f"{name}: {e}") from e
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning) # where it is too much, a message says so
+        return decode_image(io.BytesIO(content), _named(name))
 
 
 def _png(figure):

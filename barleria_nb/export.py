@@ -4,25 +4,24 @@
 
 # %% auto #0
 __all__ = ['KIND', 'OPSET', 'RULE', 'LARGE', 'TOLERANCE', 'PIECE', 'HEAD', 'TAIL', 'Served', 'served', 'random_inputs',
-           'exported', 'whole_folder', 'about', 'opened_graph', 'run_graph', 'compare', 'letters', 'clean', 'spoken',
-           'Pieces', 'write_pieces', 'fitted', 'square', 'back', 'Segmenter', 'script', 'Exported', 'export_onnx']
+           'exported', 'about', 'opened_graph', 'run_graph', 'compare', 'letters', 'clean', 'spoken', 'Pieces',
+           'write_pieces', 'fitted', 'square', 'back', 'Segmenter', 'script', 'Exported', 'export_onnx']
 
 # %% ../nbs/15b_export.ipynb #a3f9a9f4
-import copy, gzip, hashlib, inspect, json, logging, os, re, shutil, warnings
+import copy, gzip, hashlib, inspect, json, logging, re, warnings
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from .core import REMEDY, BarleriaError
-from .data import CLIP_MEAN, CLIP_STD, END, FORMATS, MAX_PIXELS, START, _rgb, _upright, normalise, read_image
+from .core import BarleriaError, atomic_folder
+from .data import CLIP_MEAN, CLIP_STD, END, FORMATS, MAX_PIXELS, START, _rgb, _upright, decode_image, normalise, read_image
 from .metrics import THRESHOLD
 from .model import RISModel
 
@@ -97,27 +96,6 @@ def _recorded(whole):
     except Exception as e: # of many kinds: whatever the recorder stumbles on
         said = " ".join(str(e).split())[:160]
         raise BarleriaError(f"'{whole.model.config.name}' cannot be exported ({type(e).__name__}: {said}); keep to tensor operations in what you added.") from e
-
-# %% ../nbs/15b_export.ipynb #f87e1370
-@contextmanager
-def whole_folder(
-    out, # the folder to make; its parents are made too
-):
-    "Yield a new folder beside `out` and move it there when the block ends well; else nothing of it is left, and a `BarleriaError` tells what the system reports."
-    out = Path(out)
-    part = out.parent / f".{out.name[:40]}-{uuid4().hex[:8]}"
-    try:
-        if out.is_dir() and any(out.iterdir()): raise BarleriaError(f"{out} is not empty; choose a new folder, or remove what it holds.")
-        if out.resolve() == Path.cwd(): raise BarleriaError(f"{out} is the folder you are in; choose a new one.")
-        if out.exists() and not out.is_dir(): raise BarleriaError(f"{out} is a file; choose a folder.")
-        part.mkdir(parents=True)
-        yield part
-        for f in part.iterdir():
-            with open(f, "rb+") as file: os.fsync(file.fileno())
-        if out.is_dir(): out.rmdir()
-        os.replace(part, out)
-    except OSError as e: raise BarleriaError(f"{out} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/15b_export.ipynb #9c5b5f67
 KIND = "barleria_nb ONNX, version 1" # of our files
@@ -368,7 +346,7 @@ def script()->str: # Python source
     "The source of `segment.py`: the functions above, and what they need."
     values = "\n".join(f"{name} = {value!r}" for name, value in (("FORMATS", FORMATS), ("MAX_PIXELS", MAX_PIXELS), ("KIND", KIND), ("PIECE", PIECE)))
     own = import_module("barleria_nb.export") # a notebook's own classes have no file to read
-    names = "_rgb", "_upright", "read_image", "letters", "clean", "spoken", "Pieces", "fitted", "square", "back", "opened_graph", "run_graph", "Segmenter"
+    names = "_rgb", "_upright", "decode_image", "read_image", "letters", "clean", "spoken", "Pieces", "fitted", "square", "back", "opened_graph", "run_graph", "Segmenter"
     return "\n\n".join([HEAD + values, *(inspect.getsource(getattr(own, name)).strip("\n") for name in names), TAIL])
 
 # %% ../nbs/15b_export.ipynb #a9473a53
@@ -386,7 +364,9 @@ def export_onnx(
     "Write model.onnx, words.txt and segment.py: the model for those who have no PyTorch."
     _needs("onnx", "onnxscript", "onnxruntime")
     whole = served(model)
-    with whole_folder(out) as part:
+    with atomic_folder(out) as part: # the graph is of no use without the word pieces
+        if Path(out).is_dir() and any(Path(out).iterdir()): raise BarleriaError(f"{out} is not empty; choose a new folder, or remove what it holds.")
+        if Path(out).resolve() == Path.cwd(): raise BarleriaError(f"{out} is the folder you are in; choose a new one.")
         write_pieces(part/"words.txt")
         (part/"segment.py").write_text(script(), encoding="utf-8")
         _write_graph(whole, part/"model.onnx", Pieces(part/"words.txt").digest)

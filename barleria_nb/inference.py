@@ -10,14 +10,12 @@ __all__ = ['SIDE', 'SHOWN', 'HUB_NAME', 'LIMITS', 'FACTS', 'METRICS', 'MODEL', '
            'curve_figure', 'runs_figure']
 
 # %% ../nbs/15_inference.ipynb #be1b3206
-import html, io, json, math, os, re, shutil, textwrap, unicodedata, warnings
-from contextlib import contextmanager
+import html, io, json, math, os, re, textwrap, unicodedata, warnings
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -30,7 +28,7 @@ from pycocotools import mask as coco
 from torch import Tensor
 
 from .backbones import WEIGHTS, fingerprint, hub_place
-from .core import REMEDY, BarleriaError, asset, atomic, count, near, onednn, pick_device, read_json, show_image, show_mask, stable_hash, write_json
+from .core import BarleriaError, asset, atomic, atomic_folder, count, near, onednn, pick_device, read_json, show_image, show_mask, stable_hash, write_json
 from .data import MAX_PIXELS, Letterbox, RefSet, _rgb, _upright, normalise, read_image, tokenize
 from .metrics import THRESHOLD, counts, iou
 from .model import RISModel, load_tuned, read_about, save_tuned, stored_config
@@ -391,7 +389,8 @@ class Segmenter:
         if scores is not None and len(card["scores"]) < len(scores): raise BarleriaError(f"scores of {', '.join(map(str, scores))[:80]} are not {{split: {{mIoU: share …}}}} with shares from 0 to 1; give what `evaluate(…).summary()` returns.")
         config = json.loads(json.dumps(asdict(model.config)))
         stored_config(dict(config=config), folder) # what could not be read back is not written
-        with _whole_folder(folder) as part:
+        with atomic_folder(folder) as part:
+            if (folder / "run.json").exists(): raise BarleriaError(f"{folder} is the folder of a run; choose another one for the model.")
             save_tuned(model, part / "tuned.safetensors", facts(card))
             towers = read_about(part / "tuned.safetensors")["towers"]
             write_json(part / "config.json", dict(format=MODEL, config=config, towers=towers, sha256=fingerprint(part / "tuned.safetensors"), run=facts(card), scores=split_scores(card.get("scores"))))
@@ -683,24 +682,6 @@ def model_card(
         scores=_scores_table(card.get("scores")), hash=towers, towers=which, where=_towers_place(config), licence=licence if config.pretrained else "none is needed", seen=seen if config.pretrained else "nothing",
         numbers=_table([("tuned inside the towers", f"{encoder:,}"), ("tuned in a network beside them", f"{tuned - encoder - head:,}"), ("head", f"{head:,}"), ("all that is tuned", f"{tuned:,}"), ("with the frozen towers", f"{everything:,}")]),
         leakage=SEEN_DRAWN if drawn else SEEN_COCO if coco_like else SEEN_ELSE, training=_table(_training(config, card)))
-
-# %% ../nbs/15_inference.ipynb #eeb24bfe
-@contextmanager
-def _whole_folder(folder):
-    "A new folder beside `folder`, which takes its place, or whose files do, when the block ends well."
-    folder = Path(folder)
-    part = Path(os.path.abspath(folder)).with_name(f".{folder.name[:40]}-{uuid4().hex[:8]}")
-    try:
-        if folder.exists() and not folder.is_dir(): raise BarleriaError(f"{folder} is a file; choose a folder for the model.")
-        if (folder / "run.json").exists(): raise BarleriaError(f"{folder} is the folder of a run; choose another one for the model.")
-        part.mkdir(parents=True)
-        yield part
-        if not folder.exists(): os.replace(part, folder)
-        else:
-            for file in sorted(part.iterdir(), key=lambda p: p.suffix == ".safetensors"): os.replace(file, folder / file.name)
-    except BarleriaError as e: raise BarleriaError(str(e).replace(str(part), str(folder))) from e
-    except OSError as e: raise BarleriaError(f"{folder} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/15_inference.ipynb #365b499a
 def _logged(row):
