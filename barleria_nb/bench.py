@@ -274,17 +274,22 @@ def spread_of(
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
+def _cost(row):
+    "Seconds of a run: on a CPU those of the processor, unknown for a run that was stopped and went on; else those of the clock."
+    return row.get("cpu") if row["budget"]["device"] == "cpu" else row["seconds"]
+
+
 def bench_table(
     rows, # from `read_bench`
     data:str, # name of a data set
 )->str: # a line per configuration
-    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (processor seconds where known); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
+    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (on a CPU the processor's seconds, where known); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
     found, lines = _found(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
     for s in found.values():
         r, frozen = s.rows[0], found.get(f"frozen-{_plain_name(s.name).rpartition('-')[2]}")
         gain = s.against(frozen) if frozen and frozen is not s and r["whole"] and frozen.rows[0]["whole"] else [] # before that, learning rates are still being tried
         lines.append((s.name, f"{r['tuned']:,}", f"{100 * r['share']:.2f}", f"{r['run']['lr']:g}", str(len(s.rows)), spread_of(s.values().values()), spread_of(gain), *(spread_of(s.values(split=t).values()) for t in ("testA", "testB")),
-            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(r.get('cpu') or r['seconds'] for r in s.rows):.0f}", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
+            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(cost):.0f}" if (cost := [c for c in map(_cost, s.rows) if c is not None]) else "–", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(line[0].ljust(width[0]) + "  " + "  ".join(cell.rjust(w) for cell, w in zip(line[1:], width[1:])) for line in lines)
 
@@ -293,23 +298,31 @@ def bench_figure(
     rows, # from `read_bench`
     data:str, # name of a data set
     split:str="val", # a split
-)->Figure: # three panels
+)->Figure: # a row of three panels for each pair of towers, whose scores are not to be compared with another pair's
     "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. Hollow: its learning rate is still being chosen. Runs at equal shares have a figure of their own, `equal_figure`."
-    found = {n: s for n, s in _found(rows, data).items() if "@" not in n}
-    fig = Figure(figsize=(11, 3.6), layout="constrained")
-    axes, cost = fig.subplots(1, 3), [s.rows[0].get("cpu") or s.rows[0]["seconds"] for s in found.values()]
-    for k, (s, seconds) in enumerate(zip(found.values(), cost)):
-        values, colour = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](k % 20)
-        if not values: continue
-        for ax, x in ((axes[0], max(100 * s.rows[0]["share"], .01)), (axes[1], seconds)):
-            ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
-            ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if s.rows[0]["whole"] else "white", ms=5)
-            ax.annotate(s.name, (x, statistics.mean(values)), xytext=(4, 3), textcoords="offset points", fontsize=6)
-        steps, _, ious = zip(*s.rows[0]["curve"])
-        axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1, label=s.name)
-    axes[0].set(xscale="log", xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %"); axes[1].set(xlabel="seconds of one run, processor time where known")
-    axes[2].set(xlabel="step", ylabel="IoU before the correction, %"); axes[2].legend(fontsize=5, ncols=2)
+    panels = {}
+    for s in _found(rows, data).values():
+        if "@" not in s.name and s.values(split=split): panels.setdefault(s.name.rpartition("-")[2], []).append(s)
+    fig = Figure(figsize=(11, 3.4 * max(1, len(panels))), layout="constrained")
+    for axes, (towers, found) in zip(fig.subplots(max(1, len(panels)), 3, squeeze=False), panels.items()): _course(axes, towers, found, split)
     return fig
+
+
+def _course(axes, towers, found, split):
+    "The panels of one pair of towers."
+    for k, s in enumerate(found):
+        values, colour, row = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](k % 20), s.rows[0]
+        for ax, x in ((axes[0], 100 * row["share"]), (axes[1], _cost(row))):
+            if x is None: continue
+            ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
+            ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if row["whole"] else "white", ms=5)
+            ax.annotate(s.name, (x, statistics.mean(values)), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        steps, _, ious = zip(*row["curve"])
+        axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1, label=s.name)
+    axes[0].set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")
+    axes[0].set_xscale("symlog", linthresh=.1) # with a place for nothing
+    axes[1].set(xlabel="seconds of one run; on a CPU of the processor, where known")
+    axes[2].set(xlabel="step", ylabel="IoU before the correction, %"); axes[2].legend(fontsize=5, ncols=2)
 
 # %% ../nbs/train/23_bench.ipynb #43c9a0ee
 def equal_figure(

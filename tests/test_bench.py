@@ -131,7 +131,18 @@ def test_mistakes_end_in_one_line_and_write_nothing(data, tmp_path, change, word
 
 def row(name, seed, score, lr=1e-3, **more):
     splits = dict(val=dict(mIoU=score, oIoU=score, **{"Pr@0.5": score}), testA=dict(mIoU=score + .1))
-    return dict(dict(format=BENCH, run=dict(data="d", config=name, seed=seed, lr=lr), seed=seed, splits=splits, mIoU=score, whole=True, probe=None, tuned=10, share=.01, seconds=3., memory=None), **more)
+    return dict(dict(format=BENCH, run=dict(data="d", config=name, seed=seed, lr=lr), budget=dict(device="cpu"), seed=seed, splits=splits, mIoU=score, whole=True, probe=None, tuned=10, share=.01, seconds=3., memory=None), **more)
+
+
+def test_a_run_that_was_stopped_has_no_time():
+    "Seconds of the clock are no processor time: on a CPU they are left out, on a GPU they are what there is."
+    cells = lambda **more: bench.bench_table([row("snf-tiny", 0, .5, **more)], "d").splitlines()[1].split()
+    assert cells(cpu=7.)[-2:] == ["7", "–"] and cells(cpu=None)[-2:] == ["–", "–"] and cells(cpu=None, budget=dict(device="cuda"))[-2:] == ["3", "–"]
+
+
+def test_towers_are_drawn_apart():
+    fig = bench.bench_figure([row(n, 0, .5, curve=[[k, 1., .1] for k in range(6)]) for n in ("snf-tiny", "snf-tinydino")], "d")
+    assert [ax.get_title() for ax in fig.axes[::3]] == ["tiny", "tinydino"] and len(fig.axes[1].lines) == 0 # no processor time is known
 
 
 def test_means_spreads_and_pairs_by_hand():
