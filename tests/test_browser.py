@@ -228,7 +228,7 @@ def test_explorer(tmp_path):
         assert "yours: mine.png" in lab.options("Picture") and "truth" not in ninth[1]
         lab.shot("5_upload")
         lab.upload(tmp_path / "bad.png")
-        lab.refused(ninth, "bad.png", "choose another file")
+        lab.refused(ninth, "bad.png", "convert or replace it")
         lab.upload(tmp_path / "huge.png")
         lab.refused(ninth, "huge.png", "95,000,000", "shrink it")
         lab.shot("6_refused")
