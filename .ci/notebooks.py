@@ -132,8 +132,43 @@ def clean(names):
     for p in notebooks(names):
         nb = read_nb(p)
         nb.metadata.pop("widgets", None)
+        lead(nb, p)
         clean_nb(nb)
         write_nb(nb, p)
+
+
+COLAB = "colab.research.google.com"
+INSTALL = """#| hide
+# On Colab this installs the library; anywhere else it does nothing.
+import sys
+if "google.colab" in sys.modules: get_ipython().run_line_magic("pip", "install -q git+{url}@{branch}")"""
+
+
+def lead(nb, path):
+    "Below a chapter's title: the chapters before and after it, and a badge that opens it on Colab; then the cell that installs the library there. All from settings.ini and the order of the files."
+    from execnb.nbio import mk_cell
+    from nbdev.config import get_config
+    chapters = [p for p in reading_order() if p.stem != "index"]
+    if path not in chapters: return
+    at, home, branch = chapters.index(path), get_config().git_url.rstrip("/"), get_config().branch
+    to = lambda p, text: f"[{text}]({Path(os.path.relpath(p, path.parent)).as_posix()})"
+    links = ([to(chapters[at - 1], f"← {title(chapters[at - 1])}")] if at else []) + [to(NBS / "index.ipynb", "all chapters")]
+    if at + 1 < len(chapters): links.append(to(chapters[at + 1], f"{title(chapters[at + 1])} →"))
+    badge = f"[![Open in Colab](https://{COLAB}/assets/colab-badge.svg)](https://{COLAB}/github/{'/'.join(home.split('/')[-2:])}/blob/{branch}/{rel(path)})"
+    cells = [c for c in nb.cells if not (c.cell_type == "code" and "google.colab" in source(c))]
+    first = next(n for n, c in enumerate(cells) if source(c).startswith("# "))
+    head = cells[first]
+    kept = [b for b in source(head).strip().split("\n\n") if COLAB not in b]
+    head.source = "\n\n".join([*kept, " · ".join([*links, badge])])
+    nb.cells = [*cells[:first + 1], mk_cell(INSTALL.format(url=home, branch=branch), id="colab"), *cells[first + 1:]]
+
+
+def reading_order(): return sorted(notebooks(), key=lambda p: p.stem)
+
+
+def title(path):
+    "A notebook's heading."
+    return next(source(c) for c in load(path)["cells"] if source(c).startswith("# ")).splitlines()[0][2:]
 
 
 # ---------------------------------------------------------------- README

@@ -2,8 +2,8 @@
 
 d = { 'settings': { 'branch': 'main',
                 'doc_baseurl': '/barleria_nb',
-                'doc_host': 'https://example.org',
-                'git_url': 'https://example.org/barleria_nb',
+                'doc_host': 'https://barleria-nb.github.io',
+                'git_url': 'https://github.com/barleria-nb/barleria_nb',
                 'lib_path': 'barleria_nb'},
   'syms': { 'barleria_nb.backbones': { 'barleria_nb.backbones.Attention': ('backbones.html#attention', 'barleria_nb/backbones.py'),
                                        'barleria_nb.backbones.Attention.__init__': ( 'backbones.html#attention.__init__',
