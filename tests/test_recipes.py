@@ -324,3 +324,14 @@ def test_the_expressions_of_refcoco_become_word_pieces():
             assert t.ids.shape == (len(said), words) and t.words.sum(1).min() >= 3 and t.words.sum(1).max() == words
             cut[split, words] = t.truncated
     assert cut == {("val", 17): 13, ("testA", 17): 7, ("testB", 17): 8, ("val", 22): 1, ("testA", 22): 1, ("testB", 22): 1}
+
+
+def test_overview_puts_only_finished_methods_beside_the_papers():
+    def run(name, seed, value, whole=True): return dict(run=dict(config=name, data="refshapes", seed=seed, lr=1e-3), seed=seed, mIoU=value, whole=whole, splits=dict(val=dict(mIoU=value)), probe=None)
+    ledger = [replace(r, measured="71.9") if (r.configuration, r.split, r.metric, r.table) == ("barleria-b16", "val", "mIoU", 5) and r.dataset == "refcoco" else r for r in read_ledger()]
+    table = module.overview_table(ledger, [run("barleria-tiny", 0, .5), run("barleria-tiny", 1, .6), run("dcris-tinydino", 0, .4), run("snf-tiny", 0, .3, whole=False)])
+    rows = {tuple(l.split()[:2]): " ".join(l.split()[2:]) for l in table.splitlines()[1:]}
+    assert rows["barleria", "barleria"] == "72.4 71.9 55.0 ± 7.1 2"
+    assert rows["dcris", "dcris"] == "76.4 not yet run 40.0 1"
+    assert rows["snf", "barleria"] == "70.8 not yet run not yet run"
+    assert len(rows) == len(table.splitlines()) - 1  # a line per method and paper
