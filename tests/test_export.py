@@ -139,7 +139,7 @@ def test_every_method_recorded(method):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["barleria-tiny", "dcris-tinydino"])
+@pytest.mark.parametrize("name", ["barleria-tiny", "dcris-tinydino", "frozen-tiny", "snf-tiny"])
 def test_shipped(name, tmp_path):
     shipped = Segmenter.from_pretrained(name)
     made = export.export_onnx(shipped.model, tmp_path / "out")

@@ -60,7 +60,7 @@ def mine(saved, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------------ names
-@pytest.mark.parametrize("name", ["barleria-tiny", "dcris-tinydino"])
+@pytest.mark.parametrize("name", ["barleria-tiny", "dcris-tinydino", "frozen-tiny", "snf-tiny"])
 def test_what_ships(name):
     assert name in shipped_models()
     segment = Segmenter.from_pretrained(name)
