@@ -6,7 +6,7 @@ FLAGS ?=
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full checks notebooks lab prepare clean
+.PHONY: help install demo test test-full oldest newest checks notebooks lab prepare site clean
 
 help:  ## show this list
 	@echo "barleria_nb: parameter-efficient tuning for referring image segmentation, in notebooks"
@@ -32,6 +32,17 @@ test: checks notebooks  ## everything a change must pass, in order, stopping at 
 test-full: checks notebooks  ## the same with the long tests; FLAGS="slow cuda" also runs the cells so flagged
 	$(PY) -m pytest -n 2 --dist worksteal -m ""
 
+oldest:  ## run pytest with the oldest packages that settings.ini allows, installed into build/oldest
+newest:  ## the same with the newest there are, in build/newest
+oldest newest:
+	rm -rf build/$@
+	$(PYTHON) -m venv build/$@
+	$(PYTHON) .ci/versions.py $@ > build/$@/requirements.txt
+	build/$@/bin/python -m pip install --disable-pip-version-check --quiet setuptools wheel --requirement build/$@/requirements.txt
+	build/$@/bin/python -m pip install --disable-pip-version-check --quiet --no-build-isolation --no-deps --editable .
+	build/$@/bin/python -m pip check
+	build/$@/bin/python -m pytest -n 2 --dist worksteal
+
 # Notebooks clean, modules and their index exported, slips of style; then the notebooks' own tests; then the README.
 checks: .venv/.installed
 	$(NB) check clean export lint
@@ -49,6 +60,9 @@ prepare: .venv/.installed  ## after editing notebooks: export, run them for fres
 	$(NB) clean
 	$(NB) readme
 
+site: .venv/.installed  ## the chapters and the reference as web pages in _site, from the stored outputs; open _site/index.html, no network needed
+	$(PY) .ci/pages/make_site.py
+
 clean:  ## remove what builds and tests leave behind (not .venv, not runs)
-	rm -rf build dist *.egg-info .pytest_cache .hypothesis nbs/.last_checked
+	rm -rf build dist _site *.egg-info .pytest_cache .hypothesis nbs/.last_checked
 	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -print0 | xargs -0 rm -rf

@@ -171,6 +171,11 @@ def title(path):
     return next(source(c) for c in load(path)["cells"] if source(c).startswith("# ")).splitlines()[0][2:]
 
 
+def prose(text): return re.sub(r"^(```+|~~~+).*?^\1[ \t]*$|(`+)(?!`).*?(?<!`)\2(?!`)", "", text, flags=re.M | re.S)
+def headings(text): return [re.sub(r"[`*]", "", h).strip() for h in re.findall(r"^#{1,6} (.*)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)]
+def anchor(heading): return heading.replace(" ", "-")  # as Jupyter writes it
+
+
 # ---------------------------------------------------------------- README
 
 def render_readme():
@@ -289,6 +294,7 @@ def check_lint():
             for slip in lint_cell(cell, tally): yield f"{rel(p)}: cell {n}: {slip}"
             name = directives(source(cell)).get("default_exp")
             if name and owners.setdefault(name, p) != p: yield f"{rel(p)}: {rel(owners[name])} already exports to {name}"
+    yield from dead_links()
     yield from forbidden_words()
     print(f"docments: {tally[0]} of {tally[1]} public functions, classes and their parameters")
 
@@ -297,6 +303,22 @@ def lint_file(path, nb):
     if "widgets" in nb.get("metadata", {}): yield f"metadata.widgets is stored; {REMEDY}"
     kb = path.stat().st_size / 1024
     if kb > MAX_KB: yield f"{kb:.0f} KB, the limit is {MAX_KB}: smaller or fewer pictures"
+
+
+def dead_links():
+    "Links between the project's own files, in notebooks and beside them, that lead nowhere."
+    def text(p):
+        if p.suffix != ".ipynb": return p.read_text(encoding="utf-8")
+        return "\n\n".join(source(c) for c in load(p)["cells"] if c["cell_type"] == "markdown")
+    texts = {p: text(p) for p in [*notebooks(), *sorted(ROOT.glob("*.md"))]}
+    anchors = {p: {anchor(h) if p.suffix == ".ipynb" else re.sub(r"[^\w\- ]", "", anchor(h).lower()) for h in headings(t)} for p, t in texts.items()}
+    for p, t in texts.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", prose(t)):
+            if re.match(r"[a-z]+:", target): continue
+            name, _, at = target.partition("#")
+            there = (p.parent / name).resolve() if name else p
+            if not there.exists(): yield f"{rel(p)}: {target}: no such file"
+            elif at and at not in anchors.get(there, {at}): yield f"{rel(p)}: {target}: {rel(there)} has no such heading; it has {', '.join(sorted(anchors[there]))}"
 
 
 def lint_cell(cell, tally):
