@@ -290,12 +290,14 @@ def atomic_folder(
         if home.exists() and not home.is_dir(): raise BarleriaError(f"{path} is a file; choose a folder.")
         part.mkdir(parents=True)
         yield part
-        files = sorted(part.iterdir(), key=lambda f: f.stat().st_size)
+        files = sorted((f for f in part.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
         for f in files:
             with open(f, "rb+") as file: os.fsync(file.fileno())
         if not home.exists(): os.replace(part, home)
         else:
-            for f in files: os.replace(f, home / f.name)
+            for f in files:
+                (to := home / f.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(f, to)
     except BarleriaError as e: raise BarleriaError(str(e).replace(str(part), str(path))) from e
     except OSError as e: raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
