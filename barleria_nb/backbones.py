@@ -11,6 +11,7 @@ __all__ = ['KEYS', 'HOOKS', 'TINY', 'TINY_DINO', 'CLIPS', 'DINOS', 'DETRIS', 'WE
            'find_weights', 'read_weights']
 
 # %% ../nbs/03_backbones.ipynb #5e62dc0a
+# Imports core, data, shapes. Network and the hub's cache only for published towers; writes only in `save_tiny_clip` and `save_tiny_dino`.
 import hashlib, os, pickle, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from einops import rearrange
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
-from open_clip.transformer import QuickGELU, ResidualAttentionBlock, TextTransformer
+from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as ClipVision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -52,7 +53,7 @@ def rotate(
 
 # %% ../nbs/03_backbones.ipynb #86050a2d
 class Attention(nn.Module):
-    "Self-attention over a library module's own weights: packed (`nn.MultiheadAttention`), fused (timm) or separate (EVA)."
+    "Self-attention over a library module's own weights: packed (`nn.MultiheadAttention`), fused (timm) or separate (EVA); a `BarleriaError` when its class or options are not supported."
     def __init__(self,
         source:nn.Module, # the library's module; its weights are read at each call, so parametrisations of them act
     ):
@@ -140,10 +141,10 @@ KEYS = {
     ResidualAttentionBlock: ("ln_1", "attn", "ls_1", "ln_2", "mlp", "ls_2"),
     TimmBlock: ("norm1", "attn", "ls1", "norm2", "mlp", "ls2"),
     EvaBlock: ("norm1", "attn", "gamma_1", "norm2", "mlp", "gamma_2"),
-}
+} # class of a block -> names of its six parts
 
 class Block(nn.Module):
-    "One transformer block as its six parts: norm1, attn, scale1, norm2, mlp, scale2."
+    "One transformer block as its six parts: norm1, attn, scale1, norm2, mlp, scale2; a `BarleriaError` when its class is not in `KEYS`."
     def __init__(self,
         source:nn.Module, # a block of open_clip or timm (`KEYS`); its modules are shared, not copied
     ):
@@ -176,7 +177,7 @@ def _levels(depth, parts):
     return [max(1, int(depth * k / parts + .5)) - 1 for k in range(1, parts + 1)]
 
 class VisualTower(nn.Module):
-    "An image transformer taken apart: patches and positions in, blocks, final norm and projection."
+    "An image transformer taken apart: patches and positions in, blocks, final norm and projection; a `BarleriaError` when the position table fits neither the patches nor prefix and patches."
     def __init__(self,
         conv:nn.Conv2d, # cuts and embeds the patches
         prefix, # list of parameters: class token, registers
@@ -203,7 +204,7 @@ class VisualTower(nn.Module):
     def embed(self,
         image, # (B, 3, H, W) normalised
     ): # (B, P + N, C) [prefix, patches row by row]
-        "Cut into patches, embed, add positions, put the prefix tokens in front."
+        "Cut into patches, embed, add positions, put the prefix tokens in front; a `BarleriaError` when the image has another size than the tower reads."
         size = tuple(s * self.patch for s in self.grid)
         if image.shape[1:] != (3, *size):
             raise BarleriaError(f"the image is {tuple(image.shape[1:])} but this tower reads {(3, *size)}; letterbox it to that size.")
@@ -224,7 +225,7 @@ class VisualTower(nn.Module):
 def visual_tower(
     source:nn.Module, # open_clip VisionTransformer, timm VisionTransformer or Eva (bare or in open_clip's TimmModel)
 )->VisualTower: # shares the library's modules
-    "Take a library's image transformer apart; the key map of each library in one place."
+    "Take a library's image transformer apart; the key map of each library in one place. A `BarleriaError` when its class is not supported."
     s = getattr(source, "trunk", source)
     if isinstance(s, ClipVision) and s.attn_pool is None and s.pool_type == "tok" and not s.final_ln_after_pool:
         blocks = [Block(b) for b in s.transformer.resblocks]
@@ -240,7 +241,7 @@ def visual_tower(
 
 # %% ../nbs/03_backbones.ipynb #ff901d30
 class TokenRows(nn.Module):
-    "A token table with own rows for a few ids of CLIP's vocabulary and one shared row for all the others."
+    "A token table with own rows for a few ids of CLIP's vocabulary and one shared row for all the others; a `BarleriaError` when the ids are not different whole numbers of the vocabulary."
     def __init__(self,
         ids, # the ids that get a row of their own, each once
         width:int, # numbers per row
@@ -280,7 +281,7 @@ class TextTower(nn.Module):
     def embed(self,
         ids, # (B, L) long
     ): # (B, L, T)
-        "Look up token rows and add the first L position rows."
+        "Look up token rows and add the first L position rows; a `BarleriaError` when the sentences have more tokens than there are positions."
         if ids.shape[1] > self.length:
             raise BarleriaError(f"sentences of {ids.shape[1]} tokens do not fit this text tower's {self.length} positions; tokenize to fewer.")
         return self.embedding(ids) + self.positions[:ids.shape[1]]
@@ -404,7 +405,7 @@ def _join(pairs):
     return torch.cat([g for g, _ in pairs], 1), None if all(m is None for _, m in pairs) else torch.cat(full, 1)
 
 # %% ../nbs/03_backbones.ipynb #1260db5a
-HOOKS = ("guests", "shortcut", "branch", "after")
+HOOKS = ("guests", "shortcut", "branch", "after") # where a `Tuner` may act
 
 def _plan(visual, text, tuners):
     "Steps of the loop: (visual blocks, text blocks, is the text finished and wanted)."
@@ -515,7 +516,7 @@ class DualEncoder(nn.Module):
         return Encoded(maps, side, patches, words, sentence, last[:, 0] if p else last.mean(1), ctx.grid, ctx.words)
 
 # %% ../nbs/03_backbones.ipynb #aa657426
-TINY = dict(image_size=64, patch_size=8, width=96, layers=6, heads=3, embed_dim=96, context_length=32)
+TINY = dict(image_size=64, patch_size=8, width=96, layers=6, heads=3, embed_dim=96, context_length=32) # sizes of tiny-clip
 
 def build_tiny_clip(
     ids, # token ids with a row of their own (`TokenRows`)
@@ -531,7 +532,7 @@ def build_tiny_clip(
     return model
 
 # %% ../nbs/03_backbones.ipynb #be705ac8
-TINY_DINO = dict(image_size=64, patch_size=8, width=96, layers=6, heads=3, registers=4)
+TINY_DINO = dict(image_size=64, patch_size=8, width=96, layers=6, heads=3, registers=4) # sizes of tiny-dino
 
 def build_tiny_dino(
     config:dict=TINY_DINO, # sizes
@@ -669,8 +670,8 @@ def tiny_dino(
     return DualEncoder(visual_tower(image), TextTower(_tiny_model(pretrained)), tuners, "tiny-dino")
 
 # %% ../nbs/03_backbones.ipynb #cf026fee
-CLIPS = {"b16": ("ViT-B-16-quickgelu", 416), "eva02-b16": ("EVA02-B-16", 416), "l14": ("ViT-L-14-quickgelu", 420)}
-DINOS = {"dino-b14": ("vit_base_patch14_reg4_dinov2", 448), "dino-l14": ("vit_large_patch14_reg4_dinov2", 448)}
+CLIPS = {"b16": ("ViT-B-16-quickgelu", 416), "eva02-b16": ("EVA02-B-16", 416), "l14": ("ViT-L-14-quickgelu", 420)} # short name -> open_clip's name, side of the square
+DINOS = {"dino-b14": ("vit_base_patch14_reg4_dinov2", 448), "dino-l14": ("vit_large_patch14_reg4_dinov2", 448)} # short name -> timm's name, side of the square
 DETRIS = {"detris-b14": ("dino-b14", (4, 8)), "detris-l14": ("dino-l14", (8, 16))} # the same towers as DETRIS, DCRIS's released successor, reads them: first two taps
 
 def _known(name, names):
@@ -741,7 +742,7 @@ def build_encoder(
     tuners=(), # see `DualEncoder`
     pretrained:bool|str|Path|None=None, # as in `clip_encoder`; None: the weights that ship, which the tiny pairs have, else random ones
 )->DualEncoder: # frozen, with the tuners attached
-    "Build a pair of towers by its short name."
+    "Build a pair of towers by its short name; a `BarleriaError` when the name is unknown, or one file of weights is given for anything but a CLIP."
     _known(backbone, ["tiny", "tiny-dino", *CLIPS, *DINOS, *DETRIS])
     if pretrained is None: pretrained = backbone.startswith("tiny")
     if backbone not in CLIPS and isinstance(pretrained, (str, Path)):
@@ -764,7 +765,7 @@ WEIGHTS = {
         sha256="f6e95ce85f65eb8f42558e51b1864db6e831f6130cd4cc66a01490b30bae81f6"),
     "dino-b14": dict(tag="lvd142m", revision="main", sha256=None), # no published sum was found
     "dino-l14": dict(tag="lvd142m", revision="main", sha256=None),
-}
+} # tower -> which weights, at which revision, with which SHA-256
 
 def hub_place(
     name:str, # a key of `WEIGHTS`
@@ -780,12 +781,12 @@ def weights_folder()->Path: # perhaps not there yet
     return Path(os.environ.get("BARLERIA_WEIGHTS") or "~/.cache/barleria_nb/weights").expanduser()
 
 # %% ../nbs/03_backbones.ipynb #55bcc290
-ENDINGS = (".safetensors", ".pt", ".bin")
+ENDINGS = (".safetensors", ".pt", ".bin") # of files of weights
 
 def fingerprint(
     path, # a file
 )->str: # SHA-256, hexadecimal
-    "Fingerprint of a file's bytes."
+    "Fingerprint of a file's bytes; a `BarleriaError` when the file cannot be read."
     digest = hashlib.sha256()
     try:
         with open(path, "rb") as f:
@@ -825,7 +826,7 @@ def find_weights(
     return path
 
 # %% ../nbs/03_backbones.ipynb #38b67915
-FLOATS = ("F32", "F16", "BF16", torch.float32, torch.float16, torch.bfloat16)
+FLOATS = ("F32", "F16", "BF16", torch.float32, torch.float16, torch.bfloat16) # types of number that stored weights may have
 SIZES = ("input_resolution", "context_length", "vocab_size") # what OpenAI's own files keep among their tensors
 
 def _compare(found, expected):

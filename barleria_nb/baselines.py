@@ -6,6 +6,7 @@
 __all__ = ['TOWERS', 'PARTS', 'Adapter', 'Rule', 'PHM', 'Compacter', 'LowRank', 'LoRA', 'Listen', 'Bridge', 'Bridger']
 
 # %% ../nbs/09_baselines.ipynb #8bfcb9e7
+# Imports backbones and core. Layers only: no files, no network, no global state.
 import math
 from collections.abc import Iterable
 
@@ -18,7 +19,7 @@ from .backbones import Tuner
 from .core import BarleriaError, near
 
 # %% ../nbs/09_baselines.ipynb #f388ce22
-TOWERS, PARTS = ("visual", "text"), ("attn", "mlp")
+TOWERS, PARTS = ("visual", "text"), ("attn", "mlp") # the towers; the parts of a block
 
 def _shown(x): return " ".join(repr(x).split())[:40]
 
@@ -105,7 +106,7 @@ class Rule(nn.Module):
 
 
 class PHM(nn.Module):
-    "A linear map with weight Σ_i A_i ⊗ (s_i t_i): Kronecker products of shared rules and own low-rank blocks (Karimi Mahabadi et al. 2021)."
+    "A linear map with weight Σ_i A_i ⊗ (s_i t_i): Kronecker products of shared rules and own low-rank blocks (Karimi Mahabadi et al. 2021). A `BarleriaError` when a width is no multiple of n."
     def __init__(self,
         dim:int, # channels that come in; a multiple of n
         out:int, # channels that go out; a multiple of n
@@ -195,7 +196,7 @@ class LowRank(nn.Module):
 
 
 class LoRA(Tuner):
-    "Low-rank additions to the attention's projections (Hu et al. 2021, Eq. 3). They act on the towers themselves: towers that carry some cannot be attached to again."
+    "Low-rank additions to the attention's projections (Hu et al. 2021, Eq. 3). They act on the towers themselves: towers that carry some cannot be attached to again; a `BarleriaError` for a bad alpha or no projection."
     def __init__(self,
         rank:int=16, # r
         visual:str="qkvo", # the image tower's tuned projections: letters of "qkvo", or none
@@ -216,7 +217,7 @@ class LoRA(Tuner):
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if a block of `at` is missing or a weight is tuned already
     ):
-        "Register the additions, zero at the start."
+        "Register the additions, zero at the start; a `BarleriaError` when a weight is tuned already."
         _unattached(self)
         places = {_key(tower, i, p): getattr(encoder, tower).blocks[i].attn.weight(p) for tower, i, p in _places(encoder, self.at, self.letters)}
         for name, (module, attr, _) in places.items():
@@ -229,7 +230,7 @@ class LoRA(Tuner):
 
 # %% ../nbs/09_baselines.ipynb #2fc41b20
 class Listen(nn.Module):
-    "a ⊙ MHA(a, b, b): what a hears from b, as a gate on a itself. No residual, no norm (the interaction of ETRIS for ViT)."
+    "a ⊙ MHA(a, b, b): what a hears from b, as a gate on a itself. No residual, no norm (source: the interaction of ETRIS for ViT, Xu et al. 2023, as released)."
     def __init__(self,
         width:int, # channels of both; a multiple of heads
         heads:int=8, # of the attention
@@ -276,7 +277,7 @@ class Bridge(nn.Module):
         words, # (B, L) bool, True at real words; None: padding is heard, as in the released code
         before=None, # (a, b) of the stage before, else a `BarleriaError`; None in the first
     ): # v and t of the same shapes, and (a, b): (B, N, width), (B, L, width)
-        "Zoom in, exchange, zoom out, add."
+        "Zoom in, exchange, zoom out, add; a `BarleriaError` when a first stage is given a stage before, or a later one is not."
         if (before is None) != (self.norms is None): raise BarleriaError("a first stage takes over nothing, a later one (a, b) of the stage before; run the stages in order.")
         a, b = _rows(self.norm_in, self.zoom_in(v)).relu(), self.text_in(t)
         if self.norms is not None: a, b = (norm(x + old) for norm, x, old in zip(self.norms, (a, b), before))
@@ -303,7 +304,7 @@ class Bridger(Tuner):
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if its towers make fewer than three steps
     ):
-        "Make the three stages."
+        "Make the three stages; a `BarleriaError` when the towers make fewer than three steps."
         _unattached(self)
         v, t = encoder.visual, encoder.text
         steps = min(v.depth, t.depth)

@@ -9,6 +9,7 @@ __all__ = ['DEMO', 'QUICK', 'PRECISIONS', 'LOGGERS', 'SUFFIXES', 'KINDS', 'SPLIT
            'barleria_bench', 'barleria_eval', 'barleria_segment', 'barleria_export', 'shipped_table', 'barleria_demo']
 
 # %% ../nbs/17_cli.ipynb #2f23050f
+# Imports no sibling at start, the rest when a command runs. Prints, filters warnings, writes where `--out` says.
 import argparse, json, os, sys, time, warnings
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path

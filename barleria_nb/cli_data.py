@@ -6,6 +6,7 @@
 __all__ = ['SETS', 'barleria_data', 'barleria_table', 'barleria_mix', 'barleria_check', 'barleria_import']
 
 # %% ../nbs/17b_data_commands.ipynb #6d295b06
+# Imports cli alone at start. Each command's own module reads, fetches and writes.
 from pathlib import Path
 
 from fastcore.script import Param, call_parse

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze', 'count', 'trainable', 'Traced', 'ShapeTable',
            'shape_trace', 'show_image', 'show_mask', 'show_grid', 'pick_device', 'can_onednn', 'onednn', 'atomic',
-           'atomic_folder', 'write_json', 'read_json', 'asset']
+           'atomic_folder', 'fresh_folder', 'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
+# Imports no sibling. Writes only where `atomic`, `atomic_folder`, `fresh_folder` or `write_json` is asked to; `set_seed` and `onednn` change the whole process.
 import difflib, errno, hashlib, json, math, os, platform, random, shutil, threading
 from contextlib import contextmanager
 from functools import cache
@@ -255,7 +256,7 @@ REMEDY = {
     errno.EISDIR: "it is a folder; give the name of a file",
     errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
     errno.ENOENT: "nothing was written to it; write to the path that `atomic` gives",
-}
+} # what an operating system's error number means, and the remedy
 
 # %% ../nbs/00_core.ipynb #c5cbf53f
 @contextmanager
@@ -300,6 +301,23 @@ def atomic_folder(
                 os.replace(f, to)
     except BarleriaError as e: raise BarleriaError(str(e).replace(str(part), str(path))) from e
     except OSError as e: raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
+    finally: shutil.rmtree(part, ignore_errors=True)
+
+# %% ../nbs/00_core.ipynb #7f0a0d59
+@contextmanager
+def fresh_folder(
+    path, # the folder to make, which is missing or empty; missing parents are made
+):
+    """Yield a new folder beside `path` that takes its place when the block ends well, and vanishes otherwise;
+    a `BarleriaError` tells what the system reports, such as a folder that is not empty."""
+    path = Path(path)
+    part = path.absolute().with_name(f".{path.absolute().name}-{uuid4().hex[:8]}")
+    try:
+        part.mkdir(parents=True)
+        yield part
+        if path.exists(): path.rmdir()
+        part.replace(path)
+    except OSError as e: raise BarleriaError(f"{path} was not made: {REMEDY.get(e.errno, e.strerror or e)}.") from e
     finally: shutil.rmtree(part, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #9b363ed7

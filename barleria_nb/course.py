@@ -8,6 +8,7 @@ __all__ = ['YOURS', 'KEPT', 'MARK', 'SETTINGS', 'PAGE', 'Cut', 'cut_body', 'cuts
            'barleria_course']
 
 # %% ../nbs/19_course.ipynb #31063b0c
+# Imports cli alone at start. Writes the students' folder, runs notebooks in processes of their own.
 import ast, copy, json, os, re, subprocess, sys, tempfile
 from itertools import accumulate
 from pathlib import Path
@@ -16,10 +17,10 @@ from typing import NamedTuple
 from fastcore.script import Param, call_parse
 
 import barleria_nb
-from .cli import _plain, note, told
+from .cli import _plain, told
 
 # %% ../nbs/19_course.ipynb #363ccd69
-YOURS = 'raise NotImplementedError("yours to write")'
+YOURS = 'raise NotImplementedError("yours to write")' # what stands in place of an answer
 KEPT = {"__init__", "__post_init__"} # methods that stay
 
 
@@ -138,14 +139,14 @@ def chosen(
     return [n for n in found if not names or n in names]
 
 # %% ../nbs/19_course.ipynb #fcce0798
-MARK = "course.json"
+MARK = "course.json" # file in a folder that `make_course` made
 SETTINGS = """[DEFAULT]
 lib_name = student_copy
 lib_path = student_copy
 nbs_path = nbs
 recursive = True
 tst_flags = notest slow cuda weights
-"""
+""" # a course's `settings.ini`
 PAGE = """# Your copy of the chapters
 
 Some cells begin with `#| solution`. Their answers are missing: `raise NotImplementedError("yours to write")`, or a name that is `...`.
@@ -166,7 +167,7 @@ nbdev_test --path nbs/{first}.ipynb
 | chapter | yours to write |
 |---|---|
 {rows}
-"""
+""" # a course's first page
 
 # %% ../nbs/19_course.ipynb #2bf8efb6
 def make_course(

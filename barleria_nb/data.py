@@ -8,6 +8,7 @@ __all__ = ['MAX_PIXELS', 'MAX_OUTLINE', 'MAX_PARTS', 'CLIP_MEAN', 'CLIP_STD', 'F
            'prepare', 'RefDataset', 'collate']
 
 # %% ../nbs/01_data.ipynb #be2548c6
+# Imports core alone. Reads images and JSON, writes nothing.
 import re
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,7 +30,7 @@ MAX_PIXELS = 50_000_000 # larger images and masks are refused before anything of
 MAX_OUTLINE = 1_000_000 # pixels; polygons that are longer together are no outline of one object
 MAX_PARTS = 2_000 # polygons of one object
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073) # red, green, blue in [0, 1]
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711) # standard deviations of red, green, blue
 
 # %% ../nbs/01_data.ipynb #ff940d78
 def _check_size(height, width):
@@ -129,7 +130,7 @@ def decode_image(
     name:str, # for messages
     size=None, # as in `read_image`
 )->np.ndarray: # (H, W, 3) uint8
-    "What `read_image` does, for bytes that came another way."
+    "What `read_image` does, for bytes that came another way; a `BarleriaError` when the file is missing, broken, too large or no picture."
     try:
         if isinstance(file, (str, Path)) and not Path(file).is_file() and Path(file).exists(): raise BarleriaError("is no file; check the path.") # a pipe would keep us waiting
         with Image.open(file, formats=FORMATS) as im:
@@ -269,7 +270,7 @@ class RefSet:
         folder, # holds `images/`, `instances.json` and `refs.json`
         splits=None, # names to keep, or one name; all by default
     )->"RefSet": # a `BarleriaError` when nothing in the folder can be used
-        "Read a folder; a bad record goes to `problems` and the others go on."
+        "Read a folder; a bad record goes to `problems` and the others go on. A `BarleriaError` when a split is unknown or no record can be used."
         reader = _Reader(Path(folder))
         splits = {splits} if isinstance(splits, str) else set(splits or ())
         known = {str(r.get("split")) for r in reader.records.values()}
@@ -343,7 +344,7 @@ class Letterbox:
     def image(self,
         image:np.ndarray, # (height, width, 3) uint8
     )->np.ndarray: # (size, size, 3) uint8; the border is CLIP's mean colour
-        "Resize (bicubic, antialiased) and centre an image."
+        "Resize (bicubic, antialiased) and centre an image; a `BarleriaError` when it is not uint8 (H, W, 3)."
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3: raise BarleriaError(f"an image of {image.dtype} {image.shape} does not fit; give uint8 (H, W, 3).")
         out = np.empty((self.size, self.size, 3), np.uint8)
         out[:] = np.round(255 * np.array(CLIP_MEAN))
@@ -365,7 +366,7 @@ class Letterbox:
         prob:Tensor, # (h', w') or (B, h', w') values on the output grid, whose sample j lies on pixel j · stride of the square
         stride:float|None=None, # pixels of the square per sample; size / w' by default
     )->Tensor: # (height, width) or (B, height, width), in at least 32 bits
-        "Bring a result back to the image's own pixels in one bilinear step."
+        "Bring a result back to the image's own pixels in one bilinear step; a `BarleriaError` when the grid has not two or three dimensions."
         if prob.ndim not in (2, 3): raise BarleriaError(f"a grid of shape {tuple(prob.shape)} cannot be brought back; give (h', w') or (B, h', w').")
         prob, (h, w), one = prob.to(torch.promote_types(prob.dtype, torch.float32)), prob.shape[-2:], prob.ndim == 2 # half precision cannot even count the pixels of a large image
         stride = stride or self.size / w

@@ -6,6 +6,7 @@
 __all__ = ['ConvUnit', 'DenseBranches', 'WordAttention', 'DenseCrossAdapter', 'DenseCross', 'TextAdapter']
 
 # %% ../nbs/08_densecross.ipynb #c07f73a3
+# Imports backbones, core, intertwine. Layers only: no files, no network, no global state.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,7 +29,7 @@ class ConvUnit(nn.Sequential):
         super().__init__(conv, nn.BatchNorm2d(out, eps=1e-3), nn.ReLU())
 
 class DenseBranches(nn.Module):
-    "Three densely connected scales of one grid, F to F_dense (DCRIS Eq. 1)."
+    "Three densely connected scales of one grid, F to F_dense (DCRIS Eq. 1). A `BarleriaError` when three branches do not add up to F, or a width is below one."
     unit = ConvUnit # what the scales are built from
 
     def __init__(self,
@@ -55,7 +56,7 @@ class DenseBranches(nn.Module):
 
 # %% ../nbs/08_densecross.ipynb #3179f722
 class WordAttention(nn.Module):
-    "Patches ask, words answer: the multi-head cross attention of DCRIS Eq. 2, with a map into its own width and one back."
+    "Patches ask, words answer: the multi-head cross attention of DCRIS Eq. 2, with a map into its own width and one back. A `BarleriaError` when heads do not divide the width, or dropout is no share."
     def __init__(self,
         dim:int, # channels of the patches that ask, and of the answer
         text:int, # channels T of the words
@@ -85,7 +86,7 @@ class WordAttention(nn.Module):
 
 # %% ../nbs/08_densecross.ipynb #549b0885
 class DenseCrossAdapter(nn.Module):
-    "Down, three scales, words, up (DCRIS §3.3, Eq. 1 and 2)."
+    "Down, three scales, words, up (DCRIS §3.3, Eq. 1 and 2); a `BarleriaError` when the widths do not divide, std is not above 0, or the text tower's width is unknown."
     def __init__(self,
         width:int, # channels C of the image tower
         text:int, # channels T of the words; a `BarleriaError` if unknown
@@ -126,7 +127,7 @@ class DenseCrossAdapter(nn.Module):
         grid:tuple[int, int], # patches (h, w), h · w = N, else a `BarleriaError`
         prefix:int=0, # P tokens before the patches
     )->Tensor: # (B, P + N, C) what is added beside the MLP
-        "Up-projection of F_cross in the patches' rows and of 2F (or F) in the prefix'."
+        "Up-projection of F_cross in the patches' rows and of 2F (or F) in the prefix'. A `BarleriaError` when the words are missing, or the patches do not fill the grid."
         if text is None: raise BarleriaError("DenseCross needs the finished words and there are none; let the text tower run first (needs_text) and pass them.")
         if z.shape[1] - prefix != grid[0] * grid[1]:
             raise BarleriaError(f"{z.shape[1] - prefix} patches behind {prefix} prefix tokens do not fill a grid of {grid[0]} × {grid[1]}; pass the tower's own grid and prefix.")
@@ -200,7 +201,7 @@ class TextAdapter(Tuner):
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if it lacks one of the blocks
     ):
-        "Make an adapter for each position, once."
+        "Make an adapter for each position, once; a `BarleriaError` when a position is not in the tower, or the text tower's width is unknown."
         _check_positions(type(self).__name__, self.positions, encoder.text.depth)
         if not encoder.text.width: raise BarleriaError("the width of the text tower is unknown; use an encoder whose text tower tells it.")
         self.adapters = nn.ModuleDict({str(i): self.make(encoder.text.width) for i in self.positions})

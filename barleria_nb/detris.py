@@ -6,6 +6,7 @@
 __all__ = ['LineUnit', 'LineBranches', 'ConvBottleneck', 'ConvTextAdapter']
 
 # %% ../nbs/08b_detris.ipynb #0f759492
+# Imports core and densecross. Layers only: no files, no network, no global state.
 import torch
 from torch import nn
 
@@ -27,7 +28,7 @@ class LineBranches(DenseBranches):
     unit = LineUnit
 
 class ConvBottleneck(nn.Module):
-    "Down, three scales of neighbouring tokens, up. The first token goes past the scales, doubled (DETRIS, released code)."
+    "Down, three scales of neighbouring tokens, up. The first token goes past the scales, doubled (DETRIS, released code). A `BarleriaError` when down is no multiple of 16."
     def __init__(self,
         width:int, # channels T of the text tower
         down:int=64, # channels d in between, a multiple of 16, else a `BarleriaError`

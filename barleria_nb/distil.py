@@ -6,11 +6,12 @@
 __all__ = ['VIEW', 'LIGHT', 'HIDE', 'TEACHER', 'STUDENT', 'RATE', 'WARM', 'LAST', 'MOMENTUM', 'FAMILIES', 'views', 'stand_out',
            'hidden_patches', 'Prototypes', 'tokens', 'Sighted', 'sinkhorn', 'cross_entropy', 'patch_weights', 'entropy',
            'Lesson', 'Distillation', 'patch_features', 'effective_rank', 'linear_map', 'linear_probe',
-           'neighbour_probe', 'recall', 'centre_probe', 'pace', 'fresh_tower', 'Run', 'pretrain_dino', 'folded',
-           'pixel_patches', 'clip_patches', 'covers', 'patch_labels', 'probe_patches', 'sentence_vectors', 'readable',
-           'bridge']
+           'neighbour_probe', 'recall', 'centre_probe', 'pace', 'fresh_tower', 'DinoPretraining', 'pretrain_dino',
+           'folded', 'pixel_patches', 'clip_patches', 'covers', 'patch_labels', 'probe_patches', 'sentence_vectors',
+           'readable', 'bridge']
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #89692eef
+# Imports backbones, core, data, pretrain, shapes. Starts processes to draw, writes its run's folder, seeds the process.
 import copy, json, math, time
 from pathlib import Path
 from typing import NamedTuple
@@ -55,10 +56,9 @@ HIDE = .2, .5 # least and largest share of a view's patches that are hidden
 
 def stand_out(
     images, # (n, 3, 64, 64) float
-    patch:int=8, # pixels along a side
 )->Tensor: # (n, N): spread of the pixels within the patch, and distance of its mean from the usual one of its picture
     "Which patches are not like the rest? Read from the pixels alone."
-    pixels = F.unfold(images, patch, stride=patch).transpose(1, 2).unflatten(2, (3, -1))
+    pixels = F.unfold(images, 8, stride=8).transpose(1, 2).unflatten(2, (3, -1))
     mean = pixels.mean(3)
     return (pixels.std(3) + (mean - mean.median(1, keepdim=True)[0]).abs()).mean(2)
 
@@ -66,9 +66,9 @@ def stand_out(
 def hidden_patches(
     images, # (n, 3, 64, 64) float: views
     rng, # a NumPy generator
-    grid:int=8, # patches along a side
-)->Tensor: # (n, grid²) bool, True = hidden
+)->Tensor: # (n, N) bool, True = hidden
     "Rectangles of one to three patches a side, laid over patches that stand out until a drawn share of the view is hidden."
+    grid = 8 # patches along a side
     hidden, odds = np.zeros((len(images), grid, grid), bool), stand_out(images).double().numpy()
     for h, p, share in zip(hidden, odds / odds.sum(1, keepdims=True), rng.uniform(*HIDE, len(images))):
         while h.sum() < share * grid**2:
@@ -239,24 +239,22 @@ def linear_map(
 def linear_probe(
     x, # (n, C) to learn from
     y, # (n,) their classes, from 0
-    ridge:float=.001, # λ
 ): # function: (m, C) -> (m, K) scores
     "The linear map to one-hot classes of equal weight."
     hot = F.one_hot(y).float()
     weight = (hot / hot.sum(0).clamp(min=1)).sum(1, keepdim=True) / hot.shape[1]
-    return linear_map(x, hot, weight, ridge)
+    return linear_map(x, hot, weight, ridge=.001)
 
 
 def neighbour_probe(
     x, # (n, C) to compare with
     y, # (n,) their classes, from 0
-    k:int=10, # how many neighbours vote
 ): # function: (m, C) -> (m, K) votes
-    "The nearest by cosine vote; nothing is learned."
+    "The ten nearest by cosine vote; nothing is learned."
     mean, std = x.mean(0), x.std(0) + 1e-6
     unit = lambda x: F.normalize((x - mean) / std, dim=-1)
     known, hot = unit(x), F.one_hot(y).float()
-    return lambda x: hot[(unit(x) @ known.T).topk(min(k, len(known))).indices].mean(1)
+    return lambda x: hot[(unit(x) @ known.T).topk(min(10, len(known))).indices].mean(1)
 
 
 def recall(
@@ -303,8 +301,8 @@ def fresh_tower(
     return build_tiny_dino()
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #1f2d8dbf
-class Run:
-    "One run: student and teacher, their optimiser, the pictures to learn from and to check on."
+class DinoPretraining:
+    "One run: student and teacher, their optimiser, the pictures to learn from and to check on. A `BarleriaError` when the pictures held out leave none to check on or none to learn from."
     def __init__(self,
         pools, # `Pool`s; the last pictures of each are held out
         held_out, # how many of each
@@ -331,7 +329,7 @@ class Run:
     def step(self,
         step:int, # from 0
     )->dict: # the `Lesson` before the correction, as numbers
-        "One correction of the student; the teacher follows."
+        "One correction of the student; the teacher follows. A `BarleriaError` when the loss is no longer finite."
         lr, m = pace(step, self.steps)
         for group in self.optimiser.param_groups: group["lr"] = lr
         lesson = self.learner.score(*self.batch(step))
@@ -359,7 +357,6 @@ def pretrain_dino(
     held_out=HELD_OUT, # how many pictures at the end of each pool are not learned from
     every:int=100, # steps from one line of the log, with its checks, to the next; states are stored as often
     stop:int|None=None, # leave off after this many steps; the same call without it goes on
-    threads:int|None=None, # processor threads for PyTorch; None leaves them as they are
     workers:int=2, # processes that draw
     progress:bool=True, # show bars
 )->nn.Module: # the teacher's tower as stored, in evaluation mode; the one so far after a `stop`
@@ -368,9 +365,8 @@ def pretrain_dino(
     settings = dict(learns="dino", steps=steps, size=size, seed=seed, held_out=list(held_out), pictures=list(KINDS.values()) if pools is None else [len(p[0]) for p in pools])
     if min(steps, every) < 1 or size < 2: raise BarleriaError(f"{steps} steps of {size} pictures, a line every {every}; give at least one step, two pictures and a line every step or more.")
     if _finished(out, settings): return load_tiny_dino(out).eval()
-    if threads: torch.set_num_threads(threads)
     if pools is None: pools = [draw_pool(kind, n, workers, progress) for kind, n in KINDS.items()]
-    run, state, done = Run(pools, held_out, size, steps, seed), out / "state.safetensors", dict(step=0, seconds=0., rows=[])
+    run, state, done = DinoPretraining(pools, held_out, size, steps, seed), out / "state.safetensors", dict(step=0, seconds=0., rows=[])
     if state.exists(): done = _load_state(state, run.learner, run.optimiser, settings)
     rows, end = done["rows"], min(steps, stop or steps)
     for s in tqdm(range(done["step"], end), initial=done["step"], total=steps, desc="tiny-dino", disable=not progress):
@@ -455,17 +451,16 @@ def probe_patches(
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #da5421f9
 FAMILIES = dict(colour=[Phrase(colour=c) for c in range(8)], shape=[Phrase(shape=s) for s in range(6)], size=[Phrase(size=s) for s in range(2)],
-                both=[Phrase(colour=c, shape=s) for c in range(8) for s in range(6)])
+                both=[Phrase(colour=c, shape=s) for c in range(8) for s in range(6)]) # what is asked about -> its phrases
 
 
 @torch.no_grad()
 def sentence_vectors(
     model:open_clip.CLIP, # from `load_tiny_clip`
     phrases, # K `Phrase`s
-    seed:int=11, # of the wordings
 )->Tensor: # (K, J) unit length
     "tiny-clip's vectors for “a red one”, “the star” and the like."
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(11)
     return encode_words(model, word_ids([" ".join(Exists(p).words(rng)) for p in phrases]))
 
 

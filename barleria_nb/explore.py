@@ -8,6 +8,7 @@ __all__ = ['EXCHANGES', 'COSINE', 'LONGEST', 'TILE', 'PROBABILITY', 'ALL', 'REME
            'look_text', 'look_figure', 'models_figure', 'models_text', 'uploaded', 'Explorer']
 
 # %% ../nbs/16_explore.ipynb #451ca5ef
+# Imports inference, probe, the tuners and what is below. Draws in memory, writes nothing; ipywidgets only in `Explorer`.
 import base64, html, io, re, warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -35,7 +36,7 @@ from .probe import _EDITS, _meaning
 from .shapes import Scene, _annotation, _is_next, _parse_phrase, _split_relation, records, resolve
 
 # %% ../nbs/16_explore.ipynb #912cd9c8
-EXCHANGES = {w: others for kind in ("side", "relation", "size", "colour", "shape") for w, others in _EDITS[kind].items()}
+EXCHANGES = {w: others for kind in ("side", "relation", "size", "colour", "shape") for w, others in _EDITS[kind].items()} # word -> what may stand in its place
 
 
 def _bare(word): return re.sub(r"\W", "", word).lower()
@@ -87,7 +88,7 @@ def tower_shares(
     mask=None, # bool, broadcastable to (B, 1, n, n + G)
     rope=None, # (2, n + G, d)
 ): # (n, n + G) of the first sample: rows listen, columns are heard, the words last
-    "Attention shares of a block whose patches listen to words as well."
+    "Attention shares of a block whose patches listen to words as well; every row sums to 1."
     q, k, _ = attn.qkv(torch.cat((z, guests), 1))
     return _shares(q[:, :z.shape[1]], k, attn.heads, mask, rope)
 
@@ -123,7 +124,7 @@ def head_shares(
     return _shares(q, k, attn.heads, None if mask is None else mask[:, None, None])
 
 # %% ../nbs/16_explore.ipynb #181b6626
-COSINE = "cosines of words and patches"
+COSINE = "cosines of words and patches" # listened to where no block hears the words
 
 
 def _places(model):
@@ -245,7 +246,7 @@ def look(
     block:str|None=None, # one of `blocks(segmenter)`; by default the last before the head
     name:str="", # of the model, for captions; its configuration's by default
 )->Look: # a `BarleriaError` says what is wrong with image, sentence or block
-    "Ask a model one sentence in all its variants, in one call, and listen at one of its blocks."
+    "Ask a model one sentence in all its variants, in one call, and listen at one of its blocks. A `BarleriaError` when the sentence is too long, or no block has that name."
     model, scene = segmenter.model, image if isinstance(image, Scene) else None
     pixels, places = _shrunk(picture(image if scene is None else scene.image)), _places(model)
     pieces, room = _pieces(sentence, model.config.words), model.config.words - 2
@@ -417,7 +418,7 @@ def _rimmed(probability, threshold):
     return out
 
 
-PROBABILITY = dict(cmap="magma", vmin=0, vmax=1)
+PROBABILITY = dict(cmap="magma", vmin=0, vmax=1) # how a map of probabilities is drawn
 
 # %% ../nbs/16_explore.ipynb #2e23922b
 def _draw_answer(page, seen, mask):
@@ -533,7 +534,7 @@ def _thumbnail(number, scene):
     return f'<figure style="margin:2px;text-align:center;line-height:1.1">{_img(out.getvalue(), alt, "jpeg")}<figcaption style="font-size:11px">{number}</figcaption></figure>'
 
 # %% ../nbs/16_explore.ipynb #1c14937a
-ALL = "all, side by side"
+ALL = "all, side by side" # the choice of every model at once
 REMEMBERED = 8 # looks; one at a large photograph with many words holds some tens of megabytes
 
 class Explorer:

@@ -8,6 +8,7 @@ __all__ = ['KIND', 'OPSET', 'RULE', 'LARGE', 'TOLERANCE', 'PIECE', 'HEAD', 'TAIL
            'write_pieces', 'fitted', 'square', 'back', 'Segmenter', 'script', 'Exported', 'export_onnx']
 
 # %% ../nbs/15b_export.ipynb #a3f9a9f4
+# Imports core, data, metrics, model. The ONNX packages load on call; writes one folder in `export_onnx`.
 import copy, gzip, hashlib, inspect, json, logging, re, warnings
 from contextlib import contextmanager
 from importlib import import_module
@@ -101,7 +102,7 @@ def _recorded(whole):
 KIND = "barleria_nb ONNX, version 1" # of our files
 OPSET = 20 # version of ONNX's list of operations
 RULE = ("scale so that the longer side is `size` (bicubic, antialiased; sides rounded half up), centre on a square of colour `border`, the odd pixel right and below; "
-    "sample j of the answer lies on pixel j · size / w of the square: bring it back bilinearly in one step, repeating the outermost samples")
+    "sample j of the answer lies on pixel j · size / w of the square: bring it back bilinearly in one step, repeating the outermost samples") # how a picture becomes the square and an answer comes back, in words
 
 def about(
     model:RISModel, # to describe
@@ -140,7 +141,7 @@ def _write_graph(whole, path, digest):
 def opened_graph(
     path, # model.onnx
 ): # a session of ONNX Runtime, on the CPU
-    "Open an ONNX file; only its errors are told."
+    "Open an ONNX file; only its errors are told. A `BarleriaError` when ONNX Runtime cannot open it."
     try:
         import onnxruntime
         options = onnxruntime.SessionOptions()
@@ -156,7 +157,7 @@ def run_graph(
     ids, # (B, L) int64
     words, # (B, L) bool
 )->np.ndarray: # (B, h, w) float32 probabilities
-    "Run the graph."
+    "Run the graph; a `BarleriaError` when ONNX Runtime cannot run it."
     try: return session.run(None, dict(image=image, ids=ids, words=words))[0]
     except Exception as e: raise BarleriaError(f"ONNX Runtime cannot run the model ({' '.join(str(e).split())[:160]}); export it again, or install a newer onnxruntime.") from e
 
@@ -200,7 +201,7 @@ def clean(
 def spoken(
     text:str, # clean
 )->list: # of strings
-    "Cut a clean text into words."
+    "Cut a clean text into words by `PIECE`, the rule of CLIP's tokenizer."
     if text.isascii(): return re.findall(PIECE.format(L="a-z", N="0-9"), text)
     import regex
     return regex.findall(PIECE.format(L=r"\p{L}", N=r"\p{N}"), text, regex.IGNORECASE)
@@ -298,7 +299,7 @@ def back(
 
 # %% ../nbs/15b_export.ipynb #4783e7b8
 class Segmenter:
-    "Answers sentences about photographs by the files that `export_onnx` wrote: NumPy, Pillow and ONNX Runtime."
+    "Answers sentences about photographs by the files that `export_onnx` wrote: NumPy, Pillow and ONNX Runtime. A `BarleriaError` when they are not its files, or not of one export."
     def __init__(self,
         folder=None, # holds model.onnx and words.txt; None: the folder of this script
     ):
@@ -331,7 +332,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 class BarleriaError(ValueError): "A mistake in what was given."
-'''
+''' # how `segment.py` begins
 TAIL = '''if __name__ == "__main__":
     try:
         if len(sys.argv) != 4: raise BarleriaError('give three things: python segment.py photo.jpg "the red circle" mask.png')
@@ -340,7 +341,7 @@ TAIL = '''if __name__ == "__main__":
     except (ImportError, OSError, ValueError) as e: # a BarleriaError is a ValueError
         print("segment.py:", *str(e).split(), file=sys.stderr)
         sys.exit(2)
-'''
+''' # how `segment.py` ends: as a command
 
 def script()->str: # Python source
     "The source of `segment.py`: the functions above, and what they need."
@@ -361,7 +362,7 @@ def export_onnx(
     model:RISModel, # from `load_tuned` or `build_model`; stays as it is
     out, # folder to write: new, or empty
 )->Exported: # a `BarleriaError` when something in the model cannot be exported, the file does not say what the model says, or cannot be written; then nothing is left
-    "Write model.onnx, words.txt and segment.py: the model for those who have no PyTorch."
+    "Write model.onnx, words.txt and segment.py: the model for those who have no PyTorch. A `BarleriaError` when the folder is not empty, or is the one you are in."
     _needs("onnx", "onnxscript", "onnxruntime")
     whole = served(model)
     with atomic_folder(out) as part: # the graph is of no use without the word pieces

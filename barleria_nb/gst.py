@@ -6,6 +6,7 @@
 __all__ = ['GSTAttention', 'GSTModule', 'GST']
 
 # %% ../nbs/07_gst.ipynb #5d35354f
+# Imports core alone. Layers only: no files, no network, no global state.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -15,7 +16,7 @@ from .core import BarleriaError
 
 # %% ../nbs/07_gst.ipynb #c549c944
 class GSTAttention(nn.Module):
-    "Multi-head self-attention whose values are supplemented by a prior (BarLeRIa Eq. 6)."
+    "Multi-head self-attention whose values are supplemented by a prior (BarLeRIa Eq. 6); a `BarleriaError` when heads do not divide the width."
     def __init__(self,
         dim:int=144, # channels d of the tokens and of the prior
         heads:int=3, # must divide dim
@@ -65,7 +66,7 @@ class GSTModule(nn.Module):
 
 # %% ../nbs/07_gst.ipynb #92715544
 class GST(nn.Module):
-    "The global shortcut tuning network beside the image tower: queries, words and patches through M modules (BarLeRIa §2.4, Eq. 5–8)."
+    "The global shortcut tuning network beside the image tower: queries, words and patches through M modules (BarLeRIa §2.4, Eq. 5–8). A `BarleriaError` when there is no joint space."
     def __init__(self,
         width:int, # channels of the image tower's tokens: of I and of F_v^i
         joint:int|None, # channels J of the joint space: of words and prior

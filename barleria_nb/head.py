@@ -7,6 +7,7 @@ __all__ = ['conv_layer', 'Gate', 'coordinates', 'CoordConv', 'Neck', 'sine_1d', 
            'kernel_per_sample', 'Projector', 'Head']
 
 # %% ../nbs/10_head.ipynb #cb82dd70
+# Imports core alone. Layers only: no files, no network, no global state.
 import math
 from functools import lru_cache
 
@@ -112,7 +113,7 @@ def sine_1d(
     device:torch.device="cpu", # where to keep them
     dtype:torch.dtype=torch.float32, # their precision
 )->Tensor: # (n, dim); cached, so do not write into it
-    "Sine positions of a sequence: even channels sin, odd channels cos."
+    "Sine positions of a sequence: even channels sin, odd channels cos (source: Vaswani et al. 2017, §3.5)."
     frequency = 10000. ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     angle = torch.arange(n, dtype=torch.float64)[:, None] * frequency
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(device, dtype)
@@ -127,7 +128,7 @@ def sine_2d(
     device:torch.device="cpu", # where to keep them
     dtype:torch.dtype=torch.float32, # their precision
 )->Tensor: # (h·w, dim), row by row; cached, so do not write into it
-    "Sine positions of a grid: first half of the channels from the column, second half from the row."
+    "Sine positions of a grid: first half of the channels from the column, second half from the row (source: `sine_1d` along each side, as in the released code)."
     x, y = sine_1d(w, dim // 2, device, dtype), sine_1d(h, dim // 2, device, dtype)
     return torch.cat([x.expand(h, w, -1), y[:, None].expand(h, w, -1)], -1).flatten(0, 1)
 

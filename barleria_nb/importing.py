@@ -6,10 +6,11 @@
 __all__ = ['STORAGES', 'ALLOWED', 'DESCRIPTION', 'WRAPPERS', 'HEAD', 'LEVEL', 'GATE', 'LAYER', 'STAGE', 'ZOOM_IN', 'ZOOM_OUT',
            'STAGE_NORMS', 'DENSE', 'WORDS', 'ADAPTER', 'TEXT_ADAPTER', 'CLIP_BLOCK', 'DINO_BLOCK', 'CLIP_TEXT',
            'CLIP_VISUAL', 'DINO_VISUAL', 'UNUSED', 'RELEASED', 'FORMS', 'COUNTER', 'NATIVE', 'APART', 'inspect_archive',
-           'read_release', 'Rule', 'tower_rules', 'release_of', 'rules', 'pack', 'our_state', 'plan', 'to_released',
+           'read_release', 'Renaming', 'tower_rules', 'release_of', 'rules', 'pack', 'our_state', 'plan', 'to_released',
            'split_class_row', 'read_form', 'misfits', 'told_misfits', 'compare', 'check_fit', 'take', 'import_release']
 
 # %% ../nbs/12b_import.ipynb #12b2db2e
+# Imports core and the models. Reads checkpoints as tensors only, writes one file by `save_tuned`.
 import pickletools, zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -26,8 +27,8 @@ from .detris import ConvTextAdapter
 from .model import Config, RISModel, build_model, config, save_tuned, tuned_state
 
 # %% ../nbs/12b_import.ipynb #7df5b704
-STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
-ALLOWED = {"collections OrderedDict", "collections Counter", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {f"torch {s}Storage" for s in STORAGES}
+STORAGES = ("Float", "Half", "BFloat16", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool") # types of number that an archive may hold
+ALLOWED = {"collections OrderedDict", "collections Counter", "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter"} | {f"torch {s}Storage" for s in STORAGES} # all that an archive may name; nothing else is built
 DESCRIPTION = 2**24 # bytes; a longer description of the tensors is refused unread
 WRAPPERS = ("state_dict", "model") # under which key of a training state the tensors are
 
@@ -71,42 +72,42 @@ def _plain(t):
     return type(t) in (Tensor, nn.Parameter) and t.layout is torch.strided and t.device.type == "cpu" and not t.is_quantized
 
 # %% ../nbs/12b_import.ipynb #a244cedb
-class Rule(NamedTuple):
+class Renaming(NamedTuple):
     "A line of the table."
     theirs:str # beginning of a released name
     ours:str # beginning of our name for the same; the rest of the name is the same
     form:str="" # how their numbers are kept: a key of `FORMS`
 
-HEAD = (Rule("neck.txt_proj.", "head.neck.text."), Rule("neck.aggr.", "head.neck.join."), Rule("neck.coordconv.0.conv1.", "head.neck.coord.conv."), Rule("neck.coordconv.1.", "head.neck.smooth."),
-    Rule("decoder.norm.", "head.decoder.norm."), Rule("proj.vis.1.", "head.projector.wide."), Rule("proj.vis.3.", "head.projector.narrow."), Rule("proj.vis.4.", "head.projector.last."),
-    Rule("proj.txt.", "head.projector.text."))
-LEVEL = (Rule("neck.f{a}_proj.0.", "head.neck.levels.{b}.0."), Rule("neck.f{a}_proj.1.", "head.neck.levels.{b}.1."))
-GATE = (Rule("neck.fusion{a}.multihead_attn.in_proj_", "head.neck.gates.{b}.value.", "v"), Rule("neck.fusion{a}.multihead_attn.out_proj.", "head.neck.gates.{b}.out."))
-LAYER = tuple(Rule(f"decoder.layers.{{a}}.{theirs}", f"head.decoder.layers.{{b}}.{ours}") for theirs, ours in (("self_attn_norm.", "norm_a."), ("cross_attn_norm.", "norm_b."),
-    ("self_attn.", "cells."), ("multihead_attn.", "words."), ("ffn.", "mlp."), ("norm1.", "norm1."), ("norm2.", "norm2."), ("norm3.", "norm3.")))
+HEAD = (Renaming("neck.txt_proj.", "head.neck.text."), Renaming("neck.aggr.", "head.neck.join."), Renaming("neck.coordconv.0.conv1.", "head.neck.coord.conv."), Renaming("neck.coordconv.1.", "head.neck.smooth."),
+    Renaming("decoder.norm.", "head.decoder.norm."), Renaming("proj.vis.1.", "head.projector.wide."), Renaming("proj.vis.3.", "head.projector.narrow."), Renaming("proj.vis.4.", "head.projector.last."),
+    Renaming("proj.txt.", "head.projector.text.")) # rules of the head but its levels, gates and layers
+LEVEL = (Renaming("neck.f{a}_proj.0.", "head.neck.levels.{b}.0."), Renaming("neck.f{a}_proj.1.", "head.neck.levels.{b}.1.")) # rules of one level of the neck
+GATE = (Renaming("neck.fusion{a}.multihead_attn.in_proj_", "head.neck.gates.{b}.value.", "v"), Renaming("neck.fusion{a}.multihead_attn.out_proj.", "head.neck.gates.{b}.out.")) # rules of one gate of the neck
+LAYER = tuple(Renaming(f"decoder.layers.{{a}}.{theirs}", f"head.decoder.layers.{{b}}.{ours}") for theirs, ours in (("self_attn_norm.", "norm_a."), ("cross_attn_norm.", "norm_b."),
+    ("self_attn.", "cells."), ("multihead_attn.", "words."), ("ffn.", "mlp."), ("norm1.", "norm1."), ("norm2.", "norm2."), ("norm3.", "norm3."))) # rules of one decoder layer
 
 # %% ../nbs/12b_import.ipynb #c6f3932a
-STAGE = (Rule("bridger.zoom_in.{a}.1.", "encoder.tuners.0.stages.{b}.norm_in."), Rule("bridger.zoom_out.{a}.1.", "encoder.tuners.0.stages.{b}.norm_out."),
-    Rule("bridger.linear1.{a}.", "encoder.tuners.0.stages.{b}.text_in."), Rule("bridger.linear2.{a}.", "encoder.tuners.0.stages.{b}.text_out."))
-STAGE += tuple(Rule(f"bridger.{theirs}.{{a}}.multihead_attn.{end}", f"encoder.tuners.0.stages.{{b}}.{ours}.{part}.", form) for theirs, ours in (("fusion_v", "patches"), ("fusion_t", "words"))
+STAGE = (Renaming("bridger.zoom_in.{a}.1.", "encoder.tuners.0.stages.{b}.norm_in."), Renaming("bridger.zoom_out.{a}.1.", "encoder.tuners.0.stages.{b}.norm_out."),
+    Renaming("bridger.linear1.{a}.", "encoder.tuners.0.stages.{b}.text_in."), Renaming("bridger.linear2.{a}.", "encoder.tuners.0.stages.{b}.text_out.")) # rules of one stage of ETRIS's bridge
+STAGE += tuple(Renaming(f"bridger.{theirs}.{{a}}.multihead_attn.{end}", f"encoder.tuners.0.stages.{{b}}.{ours}.{part}.", form) for theirs, ours in (("fusion_v", "patches"), ("fusion_t", "words"))
     for end, part, form in (("in_proj_", "q", "q"), ("in_proj_", "kv", "kv"), ("out_proj.", "out", "")))
-ZOOM_IN, ZOOM_OUT = (Rule(f"bridger.{zoom}.{{a}}.0.", f"encoder.tuners.0.stages.{{b}}.{zoom}.", "cell") for zoom in ("zoom_in", "zoom_out"))
-STAGE_NORMS = (Rule("bridger.ln_v.{a}.", "encoder.tuners.0.stages.{b}.norms.0."), Rule("bridger.ln_t.{a}.", "encoder.tuners.0.stages.{b}.norms.1.")) # the first stage has none
+ZOOM_IN, ZOOM_OUT = (Renaming(f"bridger.{zoom}.{{a}}.0.", f"encoder.tuners.0.stages.{{b}}.{zoom}.", "cell") for zoom in ("zoom_in", "zoom_out")) # rules of a stage's two maps between grid and bridge
+STAGE_NORMS = (Renaming("bridger.ln_v.{a}.", "encoder.tuners.0.stages.{b}.norms.0."), Renaming("bridger.ln_t.{a}.", "encoder.tuners.0.stages.{b}.norms.1.")) # the first stage has none
 
 # %% ../nbs/12b_import.ipynb #ff53a950
 DENSE = (("D_fc1.", "down."), ("D_fc2.", "up."), *((f"dense_branch{n}.{i}{theirs}.", f"dense.{ours}.{i}{k}.") for n, ours, units in ((1, "one", ("",)), (2, "three", ("0.", "1.")), (3, "five", ("0.", "1.")))
-    for i in units for theirs, k in (("conv", 0), ("bn", 1))))
-WORDS = (("image_proj.", "image.", ""), ("text_proj.", "text.", ""), ("back_proj.", "back.", ""), ("multihead_attn.out_proj.", "out.", ""), *((f"multihead_attn.in_proj_", f"{k}.", k) for k in "qkv"))
-ADAPTER = tuple(Rule(f"dinov2.blocks.{{a}}.adapter.{theirs}", f"encoder.tuners.0.adapters.{{b}}.{ours}") for theirs, ours in DENSE)
-ADAPTER += tuple(Rule(f"dinov2.blocks.{{a}}.adapter.cross.{theirs}", f"encoder.tuners.0.adapters.{{b}}.cross.{ours}", form) for theirs, ours, form in WORDS)
-TEXT_ADAPTER = tuple(Rule(f"txt_backbone.transformer.resblocks.{{a}}.adapter.{theirs}", f"encoder.tuners.1.adapters.{{b}}.{ours}") for theirs, ours in DENSE)
+    for i in units for theirs, k in (("conv", 0), ("bn", 1)))) # (theirs, ours) inside an adapter of DETRIS
+WORDS = (("image_proj.", "image.", ""), ("text_proj.", "text.", ""), ("back_proj.", "back.", ""), ("multihead_attn.out_proj.", "out.", ""), *(("multihead_attn.in_proj_", f"{k}.", k) for k in "qkv")) # (theirs, ours, form) of its cross attention
+ADAPTER = tuple(Renaming(f"dinov2.blocks.{{a}}.adapter.{theirs}", f"encoder.tuners.0.adapters.{{b}}.{ours}") for theirs, ours in DENSE) # rules of one adapter of the image tower
+ADAPTER += tuple(Renaming(f"dinov2.blocks.{{a}}.adapter.cross.{theirs}", f"encoder.tuners.0.adapters.{{b}}.cross.{ours}", form) for theirs, ours, form in WORDS)
+TEXT_ADAPTER = tuple(Renaming(f"txt_backbone.transformer.resblocks.{{a}}.adapter.{theirs}", f"encoder.tuners.1.adapters.{{b}}.{ours}") for theirs, ours in DENSE) # rules of one adapter of the text tower
 
 # %% ../nbs/12b_import.ipynb #be2f66f3
-CLIP_BLOCK = (("attn.", "attn.source."), ("ln_1.", "norm1."), ("ln_2.", "norm2."), ("mlp.", "mlp."))
-DINO_BLOCK = (("attn.", "attn.source."), ("norm1.", "norm1."), ("norm2.", "norm2."), ("mlp.", "mlp."), ("ls1.", "scale1."), ("ls2.", "scale2."))
-CLIP_TEXT = (("positional_embedding", "positions"), ("text_projection", "projection"), ("token_embedding.weight", "embedding.weight"), ("ln_final.", "norm."))
-CLIP_VISUAL = (("class_embedding", "prefixes.0"), ("positional_embedding", "positions"), ("conv1.", "conv."), ("ln_pre.", "norm_pre."), ("ln_post.", "norm."), ("proj", "projection"))
-DINO_VISUAL = (("cls_token", "prefixes.0"), ("register_tokens", "prefixes.1"), ("pos_embed", "positions"), ("patch_embed.proj.", "conv."), ("norm.", "norm."))
+CLIP_BLOCK = (("attn.", "attn.source."), ("ln_1.", "norm1."), ("ln_2.", "norm2."), ("mlp.", "mlp.")) # (theirs, ours) inside a block of CLIP
+DINO_BLOCK = (("attn.", "attn.source."), ("norm1.", "norm1."), ("norm2.", "norm2."), ("mlp.", "mlp."), ("ls1.", "scale1."), ("ls2.", "scale2.")) # (theirs, ours) inside a block of DINOv2
+CLIP_TEXT = (("positional_embedding", "positions"), ("text_projection", "projection"), ("token_embedding.weight", "embedding.weight"), ("ln_final.", "norm.")) # (theirs, ours) of the text tower outside its blocks
+CLIP_VISUAL = (("class_embedding", "prefixes.0"), ("positional_embedding", "positions"), ("conv1.", "conv."), ("ln_pre.", "norm_pre."), ("ln_post.", "norm."), ("proj", "projection")) # (theirs, ours) of CLIP's image tower outside its blocks
+DINO_VISUAL = (("cls_token", "prefixes.0"), ("register_tokens", "prefixes.1"), ("pos_embed", "positions"), ("patch_embed.proj.", "conv."), ("norm.", "norm.")) # (theirs, ours) of DINOv2 outside its blocks
 UNUSED = ("backbone.logit_scale", "txt_backbone.logit_scale", "dinov2.mask_token") # theirs, and no part of the model
 
 def tower_rules(
@@ -116,9 +117,9 @@ def tower_rules(
     blocks:str, # what the released code calls a block, such as "blocks."
     block, # pairs of names inside a block
     depth:int, # how many blocks
-)->list: # of `Rule`
+)->list: # of `Renaming`
     "The rules of one tower."
-    return [Rule(theirs + a, ours + b) for a, b in table] + [Rule(f"{theirs}{blocks}{i}.{a}", f"{ours}blocks.{i}.{b}") for i in range(depth) for a, b in block]
+    return [Renaming(theirs + a, ours + b) for a, b in table] + [Renaming(f"{theirs}{blocks}{i}.{a}", f"{ours}blocks.{i}.{b}") for i in range(depth) for a, b in block]
 
 # %% ../nbs/12b_import.ipynb #af6bd0a4
 def release_of(
@@ -135,10 +136,10 @@ RELEASED = ("etris-64-b16", "etris-b16", "detris-b14", "detris-l14") # configura
 
 def rules(
     model:RISModel, # of `release_of`
-)->list: # of `Rule`
+)->list: # of `Renaming`
     "The table for one model: every number of head, tuners and towers has one line."
     release, encoder = release_of(model), model.encoder
-    each = lambda table, pairs: [Rule(r.theirs.format(a=a, b=b), r.ours.format(a=a, b=b), r.form) for a, b in pairs for r in table]
+    each = lambda table, pairs: [Renaming(r.theirs.format(a=a, b=b), r.ours.format(a=a, b=b), r.form) for a, b in pairs for r in table]
     taps, turned = ((3, 0), (4, 1), (5, 2)), lambda *table: tuple(r._replace(form=f"turned {r.form}".strip()) for r in table)
     found = [*HEAD, *each(LEVEL, taps[:2]), *each(turned(LEVEL[0]) + LEVEL[1:], taps[2:]), *each(GATE, taps), *each(LAYER, [(i, i) for i in range(len(model.head.decoder.layers))])]
     text = "backbone." if release == "etris" else "txt_backbone."
@@ -183,7 +184,7 @@ def our_state(
 def plan(
     model:RISModel, # of `release_of`
 )->dict: # our name -> (their name, form)
-    "Where each number of `our_state` is found in a release: the rule with the longest beginning."
+    "Where each number of `our_state` is found in a release: the rule with the longest beginning; a `BarleriaError` when no rule fits a name."
     table, found = {r.ours: r for r in rules(model)}, {}
     for name in our_state(model):
         ends = [k for k in range(len(name), 0, -1) if name[:k] in table]
@@ -225,7 +226,7 @@ def read_form(
     return t.to(like.dtype)
 
 # %% ../nbs/12b_import.ipynb #b9bf7a2f
-COUNTER, NATIVE = "num_batches_tracked", 37 * 37
+COUNTER, NATIVE = "num_batches_tracked", 37 * 37 # ending of a counter that may be missing; patches of DINOv2's own grid
 
 def misfits(
     found:dict, # their name -> tensor
@@ -304,7 +305,7 @@ def import_release(
     wanted:Config, # `config("detris-b14", True, pretrained=True)`: with position tables, which the released code trains
     out, # a .safetensors file to write
 )->dict: # what was done: release, tensors and numbers taken, how far the towers are apart
-    "Turn a released checkpoint into a file for `load_tuned`: check names and shapes, then the towers, then write, whole or not at all."
+    "Turn a released checkpoint into a file for `load_tuned`: check names and shapes, then the towers, then write, whole or not at all. A `BarleriaError` when `wanted` has no position tables, or `out` cannot be."
     path, out = Path(path), Path(out)
     if not any(kind == "positions" for kind, _ in wanted.tuners): raise BarleriaError(f"the released code trains the position tables, and '{wanted.name}' without them has no place for those; use config({wanted.name!r}, True).")
     if not out.absolute().parent.is_dir(): raise BarleriaError(f"{out}: there is no such folder; make it first.")

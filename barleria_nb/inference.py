@@ -10,7 +10,8 @@ __all__ = ['SIDE', 'SHOWN', 'HUB_NAME', 'LIMITS', 'FACTS', 'METRICS', 'MODEL', '
            'curve_figure', 'runs_figure']
 
 # %% ../nbs/15_inference.ipynb #be1b3206
-import html, io, json, math, os, re, textwrap, unicodedata, warnings
+# Imports backbones, core, data, metrics, model. The hub only in `from_pretrained` and `push_to_hub`; writes only where told to save.
+import html, io, json, os, re, textwrap, unicodedata, warnings
 from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -272,8 +273,8 @@ def find_model(
 
 # %% ../nbs/15_inference.ipynb #cbfd765f
 FACTS = {"commit": str, "hardware": str, "seconds": float, "steps": int, "versions": dict(barleria_nb=str, torch=str, python=str), "best": dict(epoch=int, mIoU=float, n=int),
-    "settings": dict(data=str, seed=int, val=str, val_refs=int, shuffle_sentences=bool, precision=str)}
-METRICS = ("mIoU", "oIoU", "Pr@0.5")
+    "settings": dict(data=str, seed=int, val=str, val_refs=int, shuffle_sentences=bool, precision=str)} # what a card may say of a training: name -> kind
+METRICS = ("mIoU", "oIoU", "Pr@0.5") # that a card shows
 
 def _is(v, kind):
     if kind is float: return type(v) in (int, float) and abs(v) < 1e15
@@ -362,7 +363,7 @@ class Segmenter:
         folder, # made when missing; one that a model was saved to before is renewed
         scores:dict|None=None, # {split: summary of its `Scores`} for the card; None: those that are recorded
     )->Path: # the folder
-        "Write `tuned.safetensors`, `config.json` and the card, `README.md`: all that `from_pretrained` needs, but the towers."
+        "Write `tuned.safetensors`, `config.json` and the card, `README.md`: all that `from_pretrained` needs, but the towers. A `BarleriaError` when `folder` has no name of its own."
         folder, place = Path(folder), Path(os.path.abspath(folder)).name
         if not place: raise BarleriaError(f"{folder} is no place for a model; choose a folder.")
         return self._save(folder, place, scores)
@@ -371,7 +372,7 @@ class Segmenter:
         name:str, # owner/name; a repository that is missing is made, public
         scores:dict|None=None, # as in `save_pretrained`
     )->str: # address of the commit
-        "Save to the hub, all files in one commit; you must have logged in with the hub's own tool."
+        "Save to the hub, all files in one commit; you must have logged in with the hub's own tool. A `BarleriaError` when the name is not owner/name, nobody is logged in, or the hub refuses or cannot be reached."
         if not isinstance(name, str) or not HUB_NAME.fullmatch(name): raise BarleriaError(f"{_said(name)} is no name for the hub; give owner/name.")
         with TemporaryDirectory() as part:
             folder = self._save(Path(part) / "model", name, scores)
@@ -416,7 +417,7 @@ class Segmenter:
         ids:Tensor, # (B, L) token ids
         words:Tensor, # (B, L) bool
     )->Tensor: # (B, h, w) float32 probabilities on the output grid, on the CPU
-        "Ask the model, in evaluation mode."
+        "Ask the model, in evaluation mode; a `BarleriaError` when it returns numbers that are not finite."
         device, was_training = next(self.model.parameters()).device, self.model.training
         image = normalise(square[None].to(device))
         ask = lambda i, w: self.model(image.expand(len(i), -1, -1, -1), i.to(device), w.to(device))[:, 0].float().sigmoid().cpu()
@@ -541,12 +542,12 @@ CARD_TOWERS = {
     "eva02-b16": ("EVA02-CLIP-B/16", "MIT", "two billion pairs of image and text from the web (Merged-2B)"),
     "dino-b14": ("DINOv2 ViT-B/14 with registers, beside the text tower of CLIP ViT-B/16", "Apache-2.0 and MIT", "142 million images picked from the web by likeness to public sets (LVD-142M); the text tower with CLIP"),
     "dino-l14": ("DINOv2 ViT-L/14 with registers, beside the text tower of CLIP ViT-B/16", "Apache-2.0 and MIT", "142 million images picked from the web by likeness to public sets (LVD-142M); the text tower with CLIP"),
-}
+} # backbone -> towers, their licence, what they learned from
 CARD_TOWERS |= {f"detris-{k}": CARD_TOWERS[f"dino-{k}"] for k in ("b14", "l14")}
 
-SEEN_DRAWN = "Scenes of RefShapes are drawn from their names; no scene is in two splits, and the tiny towers were trained on scenes of other names."
-SEEN_COCO = "RefCOCO, RefCOCO+ and RefCOCOg take their images from COCO's train2014, and each divides them in its own way: a test image of one can be a training image of another, or of a tower. This was not examined for this model."
-SEEN_ELSE = "Whether images of the validation and test splits were among those that the towers were trained on was not examined."
+SEEN_DRAWN = "Scenes of RefShapes are drawn from their names; no scene is in two splits, and the tiny towers were trained on scenes of other names." # a card's word on leaks: drawn scenes
+SEEN_COCO = "RefCOCO, RefCOCO+ and RefCOCOg take their images from COCO's train2014, and each divides them in its own way: a test image of one can be a training image of another, or of a tower. This was not examined for this model." # COCO's images
+SEEN_ELSE = "Whether images of the validation and test splits were among those that the towers were trained on was not examined." # any other data
 
 CARD = """---
 license: apache-2.0
@@ -614,10 +615,10 @@ where a wrong mask does harm.
 ## Licence
 
 Apache-2.0 for what was tuned; the towers have their own.
-"""
+""" # the form of a model's card
 
 # %% ../nbs/15_inference.ipynb #cbe40577
-NONE = "not recorded"
+NONE = "not recorded" # what a card says of a fact that it lacks
 
 def _text(x):
     "A value from a file as one line of Markdown that means nothing but itself."

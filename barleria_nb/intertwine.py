@@ -6,13 +6,14 @@
 __all__ = ['Bottleneck', 'Intertwine']
 
 # %% ../nbs/05_intertwine.ipynb #d5f2b488
+# Imports backbones and core. Layers only: no files, no network, no global state.
 from torch import nn
 from .backbones import Guests, Tuner
 from .core import BarleriaError
 
 # %% ../nbs/05_intertwine.ipynb #37486c87
 class Bottleneck(nn.Sequential):
-    "P(x) = W2 relu(W1 x + b1) + b2, (B, n, dim) to (B, n, out): squeeze tokens to `width` numbers, then give them the other tower's width (in place of W_proj, BarLeRIa §2.3)."
+    "P(x) = W2 relu(W1 x + b1) + b2, (B, n, dim) to (B, n, out): squeeze tokens to `width` numbers, then give them the other tower's width (in place of W_proj, BarLeRIa §2.3); a `BarleriaError` for a width below one."
     def __init__(self,
         dim:int, # channels that come in
         out:int, # channels that go out
@@ -33,7 +34,7 @@ class Intertwine(Tuner):
     def attach(self,
         encoder, # the `DualEncoder`; a `BarleriaError` if its visual tower has no class token
     ):
-        "Make the two bottlenecks, once."
+        "Make the two bottlenecks, once; a `BarleriaError` when the visual tower has no class token."
         if not encoder.visual.prefix: raise BarleriaError("this visual tower has no class token to show to the words; use a backbone that has one.")
         C, D = encoder.visual.width, encoder.text.width
         self.to_visual, self.to_text = Bottleneck(D, C, self.width), Bottleneck(C, D, self.width)

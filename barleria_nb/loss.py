@@ -6,6 +6,7 @@
 __all__ = ['resize_target', 'text_to_pixel_loss', 'batch_iou']
 
 # %% ../nbs/11_loss.ipynb #d04ca480
+# Imports core alone. Functions of tensors.
 import torch
 from torch import Tensor
 from torch.nn import functional as F

@@ -7,6 +7,7 @@ __all__ = ['THRESHOLD', 'counts', 'iou', 'mean_iou', 'overall_iou', 'above', 'pr
            'largest_object_baseline', 'random_object_baseline', 'grid_ceiling']
 
 # %% ../nbs/13_metrics.ipynb #d386fee8
+# Imports core, data, loss. Reads data sets, writes nothing; talks to other processes where torch.distributed runs.
 import math
 from itertools import groupby
 from operator import index
@@ -66,7 +67,7 @@ def _some(pairs):
 def mean_iou(
     pairs, # of whole numbers (I, U), one pair per sentence
 )->float: # in [0, 1]
-    "mIoU: the mean of the sentences' IoUs; a `BarleriaError` when there are none, or numbers that cannot be."
+    "mIoU: the mean of the sentences' IoUs (source: the released code of BarLeRIa and DCRIS, which calls it IoU); a `BarleriaError` when there are none, or numbers that cannot be."
     pairs = _some(pairs)
     return math.fsum(iou(I, U) for I, U in pairs) / len(pairs)
 
@@ -74,7 +75,7 @@ def mean_iou(
 def overall_iou(
     pairs, # of whole numbers (I, U), one pair per sentence
 )->float: # in [0, 1]
-    "oIoU: all intersections together over all unions together; errors as for mIoU."
+    "oIoU: all intersections together over all unions together (source: Hu et al. 2016); errors as for mIoU."
     pairs = _some(pairs)
     return iou(sum(I for I, U in pairs), sum(U for I, U in pairs))
 
@@ -91,7 +92,7 @@ def precision_at(
     k:int, # threshold in tenths: 5 for Pr@0.5
     pairs, # of whole numbers (I, U), one pair per sentence
 )->float: # in [0, 1]
-    "Pr@(k/10): the share of sentences whose IoU is above k/10; a `BarleriaError` unless k is a whole number from 0 to 9."
+    "Pr@(k/10): the share of sentences whose IoU is above k/10 (source: Hu et al. 2016); a `BarleriaError` unless k is a whole number from 0 to 9."
     if not isinstance(k, int) or not 0 <= k <= 9: raise BarleriaError(f"the threshold {k!r} is not in tenths; say 5 for Pr@0.5.")
     pairs = _some(pairs)
     return sum(above(I, U, k) for I, U in pairs) / len(pairs)
@@ -265,7 +266,7 @@ def largest_object_baseline(
 def random_object_baseline(
     refset:RefSet, # in a folder whose `instances.json` names all objects
 )->dict: # like `Scores.summary`
-    "Expected scores of “any object of the image, drawn at random”; oIoU is the expected I over the expected U."
+    "Expected scores of “any object of the image, drawn at random”; oIoU is the expected I over the expected U. A `BarleriaError` when the set holds no ref."
     rows = [[counts(m, truth) for m in masks] for ref, truth, masks in _with_objects(refset) for _ in ref.sentences]
     if not rows: raise BarleriaError("there is nothing to score; the set holds no ref.")
     expected = lambda f: math.fsum(f(I, U) / len(row) for row in rows for I, U in row) / len(rows)

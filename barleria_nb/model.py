@@ -11,6 +11,7 @@ __all__ = ['TUNERS', 'FLOWS', 'BRIDGE', 'LOCAL', 'METHODS', 'GLOBAL', 'LAYERS', 
            'put_tuned']
 
 # %% ../nbs/12_model.ipynb #d2a903c2
+# Imports core and every layer. Writes only in `save_tuned` and `write_tensors`; its random draws leave the caller's generator alone.
 import hashlib, json, math, re, warnings
 from bisect import bisect_left
 from contextlib import contextmanager
@@ -59,10 +60,10 @@ class Positions(Tuner):
 
 # %% ../nbs/12_model.ipynb #34c66a8a
 TUNERS = dict(snf=SNF, intertwine=Intertwine, bridger=Bridger, densecross=DenseCross, textadapter=TextAdapter, convtext=ConvTextAdapter,
-    adapter=Adapter, compacter=Compacter, lora=LoRA, full=Full, positions=Positions)
+    adapter=Adapter, compacter=Compacter, lora=LoRA, full=Full, positions=Positions) # kind -> class
 
-FLOWS = ("snf", dict(towers=("visual",)))
-BRIDGE = ("bridger", dict(width=128, heads=8))
+FLOWS = ("snf", dict(towers=("visual",))) # SNF as in BarLeRIa's Table 4: the image tower alone
+BRIDGE = ("bridger", dict(width=128, heads=8)) # ETRIS at the width that both papers count
 LOCAL = ("intertwine", {}), ("snf", dict(towers=("visual", "text"))) # what BarLeRIa does inside the towers
 
 METHODS = {
@@ -83,7 +84,7 @@ GLOBAL = {"barleria"} # the methods with a global network beside the towers
 
 # %% ../nbs/12_model.ipynb #776649d8
 LAYERS = {1: (8,), 2: (6, 11), 3: (4, 8, 11), 4: (3, 6, 9, 11), 5: (3, 5, 7, 9, 11), 6: (1, 3, 5, 7, 9, 11), 7: (1, 3, 5, 7, 9, 10, 11), # DCRIS, Table 5
-    8: (1, 3, 4, 5, 7, 9, 10, 11), 12: tuple(range(12))}
+    8: (1, 3, 4, 5, 7, 9, 10, 11), 12: tuple(range(12))} # number of adapters -> their blocks, zero-based
 
 def dcris(
     layers=LAYERS[6], # blocks with adapters, zero-based, in towers of 12 blocks
@@ -101,7 +102,7 @@ METHODS["detris"] = ("densecross", dict(dcris()[0][1], masked=False)), ("convtex
 HEADS = {"detris": dict(residual=True)} # what a method asks of the head
 
 # %% ../nbs/12_model.ipynb #dffa9287
-PUBLISHED = dict(head=dict(width=512, heads=8, ffn=512), gst=dict(dim=144, heads=3, modules=4, queries=128))
+PUBLISHED = dict(head=dict(width=512, heads=8, ffn=512), gst=dict(dim=144, heads=3, modules=4, queries=128)) # head and global network at the papers' size
 
 BACKBONES = {
     "b16": dict(size=416, lr=1e-4, **PUBLISHED),
@@ -113,7 +114,7 @@ BACKBONES = {
     "detris-l14": dict(size=448, lr=1e-4, **PUBLISHED),
     "tiny": dict(size=64, lr=5e-4, epochs=2, head=dict(width=96, heads=3, ffn=96, dropout=0., prior=.04), gst=dict(dim=48, heads=3, modules=4, queries=32)),
 }
-BACKBONES["tiny-dino"] = BACKBONES["tiny"]
+BACKBONES["tiny-dino"] = BACKBONES["tiny"] # backbone -> its part of a `Config`; the two tiny ones share theirs
 
 # %% ../nbs/12_model.ipynb #81701784
 DEPTHS = {"l14": (24, 12), "dino-l14": (24, 12), "detris-l14": (24, 12), "tiny": (6, 6), "tiny-dino": (6, 6)} # image and text blocks, where they are not 12 and 12
@@ -143,7 +144,7 @@ def fitted(
 # %% ../nbs/12_model.ipynb #4583eaa5
 @dataclass(frozen=True)
 class Config:
-    "Everything that defines a model and how it is trained; JSON values only, so that every checkpoint can hold it."
+    "Everything that defines a model and how it is trained; JSON values only, so that every checkpoint can hold it. A `BarleriaError` names a field that cannot be."
     name:str # method and backbone, such as "snf-b16"
     backbone:str # a key of `BACKBONES`
     tuners:tuple=() # of (kind, arguments): kinds are keys of `TUNERS`
@@ -222,7 +223,7 @@ def config(
     train_positions:bool=False, # train the position tables as well (the released behaviour)
     **changes, # fields of `Config` to set otherwise: epochs, batch, lr, words …
 )->Config: # a `BarleriaError` suggests near names for an unknown one
-    "Look up a configuration by name."
+    "Look up a configuration by name; a `BarleriaError` when the name or a field is unknown, or a value cannot be."
     if type(train_positions) is not bool: raise BarleriaError(f"train_positions is {_shown(train_positions)}; give True or False.")
     known = [f.name for f in fields(Config)]
     for k in changes.keys() - set(known): raise BarleriaError(f"a configuration has no '{k}'; it has {', '.join(known)}.{near(k, known)}")
@@ -274,7 +275,7 @@ def build_model(
     config:Config, # from `config(name)`, else a `BarleriaError`
     seed:int=0, # of the numbers that train, 0 or more; random frozen towers are the same for every seed
 )->RISModel: # on the CPU, in training mode
-    "Build a model: frozen towers, tuners, head."
+    "Build a model: frozen towers, tuners, head; a `BarleriaError` when `config` is no `Config`, or the seed is no whole number from 0 to below 2**63."
     _is_config(config)
     if type(seed) is not int or not 0 <= seed < 2**63: raise BarleriaError(f"seed is {_shown(seed)}; give a whole number from 0 to below 2**63.")
     with torch.random.fork_rng(devices=[]):
@@ -351,7 +352,7 @@ def share_name(
     name:str, # of a configuration, such as "lora-tiny"
     percent:float, # of the numbers of its towers
 )->str: # such as "lora-tiny@1%"
-    "The name of a configuration at a share."
+    "The name of a configuration at a share; a `BarleriaError` when the share is out of range, or has more than two digits behind the point."
     if type(percent) not in (int, float) or not (LEAST <= percent <= MOST and float(f"{percent:.2f}") == percent):
         raise BarleriaError(f"a share of {_shown(percent)} per cent; give a number from {LEAST:g} to {MOST:g} with at most two digits behind the point.")
     return f"{name}@{percent:g}%"
@@ -418,7 +419,7 @@ def towers_hash(
     return digest.hexdigest()
 
 # %% ../nbs/12_model.ipynb #59cc19b3
-FORMAT = "barleria_nb tuned model, version 1"
+FORMAT = "barleria_nb tuned model, version 1" # format of the files that `save_tuned` writes
 
 def write_tensors(
     path, # a .safetensors file to write
@@ -444,7 +445,7 @@ def save_tuned(
 
 # %% ../nbs/12_model.ipynb #c2fd70cb
 HEADER = 2**24 # bytes; a longer header is refused unread
-TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"}
+TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"} # type of number -> its name in a safetensors file
 
 @contextmanager
 def opened(
@@ -503,7 +504,7 @@ def stored_config(
     about:dict, # from `read_about`
     path, # of the file, for messages
 )->Config: # the configuration it was made with
-    "Rebuild the stored configuration from its name, and insist that it is this library's."
+    "Rebuild the stored configuration from its name, and insist that it is this library's; a `BarleriaError` when it cannot be read or differs."
     try: ours, wrong = _as_named(about["config"])
     except BarleriaError as e: raise BarleriaError(f"{path}: {e}") from e
     except (KeyError, TypeError, ValueError) as e: raise BarleriaError(f"{path}: its configuration cannot be read; train again.") from e

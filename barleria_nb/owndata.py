@@ -7,19 +7,19 @@ __all__ = ['COLUMNS', 'OUTLINES', 'MAX_LINE', 'MAX_FIELD', 'MAX_SENTENCE', 'MAX_
            'MAX_SPLITS', 'from_table', 'from_coco', 'is_train', 'mixed', 'mixed_lines', 'audit', 'audit_lines']
 
 # %% ../nbs/01c_own_data.ipynb #a3122746
+# Imports core and data. Reads your files, writes new sets by copy or hard link, never into a source; no network.
 import csv, json, os, re, shutil
 from collections import Counter
 from hashlib import blake2b
-from itertools import combinations, count
+from itertools import count
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from .core import BarleriaError, near, read_json, stable_hash, write_json
+from .core import BarleriaError, fresh_folder, near, read_json, stable_hash, write_json
 from .data import FORMATS, MAX_PIXELS, RefSet, _index, _inside, _pieces, _polygons, _Reader, _rle, _whole, read_image
-from .shapes import _fresh_folder
 
 # %% ../nbs/01c_own_data.ipynb #752be6b8
 COLUMNS = ("image", "sentence", "mask", "polygon", "rle", "split", "ref", "category", "ann_id") # what is read of a table
@@ -375,7 +375,7 @@ def _must_be_free(out):
 
 def _write(out, new, card, link):
     "Write a set and its card, whole or not at all."
-    with _fresh_folder(out) as part:
+    with fresh_folder(out) as part:
         files = _place(new.paths, part / "images", link)
         categories = [dict(id=n, name=name) for name, n in new.categories.items()]
         write_json(part / "instances.json", dict(images=[*new.images.values()], annotations=[*new.annotations.values()], categories=categories), None)
@@ -508,7 +508,7 @@ def mixed(
 def mixed_lines(
     folder, # made by `mixed`
 )->list[str]: # for the screen
-    "Say what a mix took from where, and what it left out."
+    "Say what a mix took from where, and what it left out; a `BarleriaError` when the folder is no mix."
     card = read_json(Path(folder) / CARD)
     if not isinstance(card, dict) or card.get("made") != "mixed": raise BarleriaError(f"{folder} is no mix; make one from other sets.")
     yes = "LEAKY: it holds images that its sets hold out; no score on those sets means anything" if card["leaky"] else "no image that one of its sets holds out"
@@ -651,7 +651,7 @@ def audit(
     words:int=17, # word pieces a model reads, start and end included
     images:int|None=None, # decode this many, evenly spread; all by default. Leaks by pixels are looked for among the decoded ones
 )->dict: # counts and findings, made of JSON's types; `sound` is False when something must not be trained on
-    "Look over a data set: what it holds, what cannot be used, and what training would share with the test."
+    "Look over a data set: what it holds, what cannot be used, and what training would share with the test; a `BarleriaError` when `words` is below 3."
     if words < 3: raise BarleriaError(f"a word length of {words} leaves no room between start and end; 3 is the least.")
     report = dict(folder=str(folder), words=words, readable=False, sound=False, splits={}, problems=[], problem_count=0)
     try:

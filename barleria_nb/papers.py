@@ -7,6 +7,7 @@ __all__ = ['KNOWN', 'READ', 'CELLS', 'COLOURS', 'MARKS', 'PaperRow', 'paper_rows
            'PaperCount', 'paper_counts', 'printings']
 
 # %% ../nbs/18_papers.ipynb #13d392ea
+# Imports core alone. Reads the tables that ship, draws with pyplot.
 import csv
 from collections import defaultdict
 from dataclasses import dataclass, fields
@@ -19,7 +20,7 @@ from matplotlib.lines import Line2D
 from .core import BarleriaError, asset, near
 
 # %% ../nbs/18_papers.ipynb #deada9d2
-KNOWN = dict(paper=("barleria", "dcris", "authors", "here"), metric=("mIoU", "oIoU", "unknown"), how=("printed", "inferred", "lost"))
+KNOWN = dict(paper=("barleria", "dcris", "authors", "here"), metric=("mIoU", "oIoU", "unknown"), how=("printed", "inferred", "lost")) # column -> what may stand in it
 
 @dataclass(frozen=True)
 class PaperRow:
@@ -51,7 +52,7 @@ class PaperRow:
         if self.value is not None and not (type(self.value) in (int, float) and 0 <= self.value <= 100): raise BarleriaError(f"value is {str(self.value)[:40]!r}; give per cent, a number from 0 to 100.")
 
 # %% ../nbs/18_papers.ipynb #92ed5d1a
-READ = {str: str, int: int, bool: {"true": True, "false": False}.__getitem__, float|None: lambda text: float(text) if text else None}
+READ = {str: str, int: int, bool: {"true": True, "false": False}.__getitem__, float|None: lambda text: float(text) if text else None} # type -> how a cell's text becomes it
 
 @lru_cache
 def _read(name, kind):
@@ -88,7 +89,7 @@ def author_rows()->list: # of `PaperRow`; `note` says where they were published
     return list(_read("named", PaperRow))
 
 # %% ../nbs/18_papers.ipynb #62ce0ff2
-CELLS = [(d, s) for d in ("refcoco", "refcoco+") for s in ("val", "testA", "testB", "average")] + [("refcocog", s) for s in ("val(u)", "test(u)", "val(g)", "average")] + [("all", "average")]
+CELLS = [(d, s) for d in ("refcoco", "refcoco+") for s in ("val", "testA", "testB", "average")] + [("refcocog", s) for s in ("val(u)", "test(u)", "val(g)", "average")] + [("all", "average")] # (data set, split), in the order of the columns
 
 def _grouped(rows, key):
     "Rows by a key, in the order of appearance."
@@ -129,13 +130,13 @@ def show_papers(
             print(f"{_name(cells[0]):{wide}}" + "".join(f"{_cell(found.get(c)):>9}" for c in columns) + f"  {cells[0].metric:9}{cells[0].params}".rstrip())
 
 # %% ../nbs/18_papers.ipynb #713662dc
-COLOURS = dict(mIoU="tab:blue", oIoU="tab:orange", unknown="tab:grey")
-MARKS = {"val": "o", "testA": "^", "testB": "v", "val(u)": "o", "test(u)": "s", "val(g)": "D", "average": "d"}
+COLOURS = dict(mIoU="tab:blue", oIoU="tab:orange", unknown="tab:grey") # of the metrics in a drawing
+MARKS = {"val": "o", "testA": "^", "testB": "v", "val(u)": "o", "test(u)": "s", "val(g)": "D", "average": "d"} # split -> its marker in a drawing
 
 def draw_papers(
     rows=None, # of `PaperRow`, the papers' and your own; None for the papers' comparisons (BarLeRIa Tables 1–3, DCRIS Table 1)
 ):
-    "Draw numbers by method, best on top, a panel for each data set; your own (`paper=\"here\"`) in bold. Averages only where there is nothing else."
+    "Draw numbers by method, best on top, a panel for each data set; your own (`paper=\"here\"`) in bold. Averages only where there is nothing else. A `BarleriaError` when there is no row."
     if rows is None: rows = paper_rows("barleria", (1, 2, 3)) + paper_rows("dcris", 1)
     rows = [r for r in rows if r.value is not None]
     rows = [r for r in rows if r.split != "average"] or rows

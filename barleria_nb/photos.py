@@ -9,12 +9,13 @@ __all__ = ['SUFFIXES', 'FOREIGN', 'RESERVED', 'MARK', 'OURS', 'SHEET', 'MAX_PHOT
            'plan_photos', 'answers', 'model_fingerprint', 'Done', 'segment_photos']
 
 # %% ../nbs/15c_photos.ipynb #273d5d4b
+# Imports inference and what is below. Writes below `out` alone, under a lock; no network.
 import hashlib, json, os, re, tempfile, unicodedata, warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import count, islice
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,6 @@ import torch
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from pycocotools import mask as coco
 from tqdm.auto import tqdm
 
 from .core import REMEDY, BarleriaError, atomic, read_json, stable_hash, write_json
@@ -196,7 +196,7 @@ def _listed(path):
 def read_sentences(
     path, # a text file, a sentence on each line
 )->list: # of sentences
-    "Read sentences that are for all pictures; blank lines count for nothing."
+    "Read sentences that are for all pictures; blank lines count for nothing. A `BarleriaError` when the file cannot be read, is a table, holds none, or too many."
     _listed(path)
     said = []
     try:
@@ -245,7 +245,7 @@ def plan_photos(
     sentences=(), # one or some, for all pictures
     listed=None, # in place of these: a file of sentences, or a table of images and sentences below the one folder in `places`
 )->Plan: # ready for `segment_photos`
-    "Say what is asked about which picture."
+    "Say what is asked about which picture; a `BarleriaError` when there is no sentence, or a table comes without its one folder."
     places = _several(places)
     if listed and Path(listed).suffix.lower() in (".csv", ".jsonl", ".parquet"):
         if len(places) != 1 or not _place(places[0]).is_dir(): raise BarleriaError(f"{listed} names pictures; give the one folder that they are in.")
@@ -297,7 +297,7 @@ def _head(path):
     return head if _whole(head["height"], MAX_PIXELS, 1) and _whole(head["width"], MAX_PIXELS // head["height"], 1) else None
 
 
-FIELDS = {"sentence", "file", "height", "width", "area", "probability", "box", "threshold", "truncated", "rle"}
+FIELDS = {"sentence", "file", "height", "width", "area", "probability", "box", "threshold", "truncated", "rle"} # of an answer in a file
 
 def _sound(row, height, width):
     "Whether a row is as `_record` writes it, about a picture of that size."
@@ -336,8 +336,8 @@ def model_fingerprint(
 
 # %% ../nbs/15c_photos.ipynb #765b00b0
 CELL, COLUMNS_OF_PAGE, ROWS_OF_PAGE, SAID = 288, 4, 5, 6 # pixels of a cell's width; cells; sentences of a picture that are shown
-COLOURS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)]
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+COLOURS = [(214, 39, 40), (31, 119, 180), (44, 160, 44), (255, 127, 14), (148, 103, 189), (23, 190, 207)] # of outlines, in the order of the sentences
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf" # of the pages
 LINE = 14 # pixels from one line of text to the next
 
 
@@ -435,7 +435,7 @@ class _Sheet:
 
 # %% ../nbs/15c_photos.ipynb #cbd282ec
 FILES = ("png", "rle", "coco") # kinds of masks that are written
-LAYOUT = "barleria_nb answers about photos, version 1"
+LAYOUT = "barleria_nb answers about photos, version 1" # version of a folder of answers
 
 
 @contextmanager

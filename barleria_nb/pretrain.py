@@ -7,11 +7,12 @@ __all__ = ['COLOUR', 'SHAPE', 'SIZE', 'X', 'Y', 'AREA', 'NAMES', 'CLOSE', 'KINDS
            'LESSON', 'FIRST', 'KEEP', 'TEACH', 'LR', 'WARM', 'LEAST', 'FALL', 'STATE', 'LESSONS', 'thing_rows',
            'draw_close_up', 'draw_single', 'Pool', 'small_picture', 'draw_pool', 'Phrase', 'Claim', 'Exists', 'Region',
            'Relation', 'Next', 'Most', 'claim', 'judged', 'flipped', 'Batch', 'pools_at', 'batch_of', 'pair_loss',
-           'encode_pictures', 'word_ids', 'encode_words', 'Scores', 'Contrast', 'own_ids', 'fresh_towers', 'whiten',
+           'encode_pictures', 'word_ids', 'encode_words', 'Outcome', 'Contrast', 'own_ids', 'fresh_towers', 'whiten',
            'smooth_positions', 'first_batch', 'sentence_auc', 'rate', 'Pretraining', 'lesson_auc', 'pretrain',
-           'patch_map', 'probe', 'held_out_scenes']
+           'patch_map', 'probe_towers', 'held_out_scenes']
 
 # %% ../nbs/train/20_tiny_towers.ipynb #c89fc454
+# Imports backbones, core, data, shapes. Starts processes to draw, writes its run's folder, seeds the process.
 import json, math, time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -126,7 +127,7 @@ def draw_pool(
     workers:int=1, # processes that draw
     progress:bool=True, # show a bar
 )->Pool: # the first `n` of their kind
-    "Draw pictures under names of their own (`towers`), which no split of RefShapes has."
+    "Draw pictures under names of their own (`towers`), which no split of RefShapes has; a `BarleriaError` when the kind is unknown."
     if kind not in KINDS: raise BarleriaError(f"there are no pictures of kind '{kind}'; take one of {', '.join(KINDS)}.{near(kind, KINDS)}")
     jobs, side = [(kind, i) for i in range(n)], TINY["image_size"]
     images, rows = np.empty((n, side, side, 3), np.uint8), np.empty((n, 7, 6), np.float32)
@@ -162,7 +163,7 @@ class Phrase:
         return ok
 
 # %% ../nbs/train/20_tiny_towers.ipynb #62f980cd
-SIDES = {"left": (X, 1), "right": (X, -1), "top": (Y, 1), "bottom": (Y, -1)}
+SIDES = {"left": (X, 1), "right": (X, -1), "top": (Y, 1), "bottom": (Y, -1)} # side -> column of a thing's numbers, sign
 
 
 class Claim:
@@ -221,7 +222,7 @@ class Region(Claim):
         return (fits & (at < -.05)).any(1), ~(fits & (at < .05)).any(1)
 
 # %% ../nbs/train/20_tiny_towers.ipynb #bbdb67b6
-RELATIONS = {"to the left of": (X, 1), "to the right of": (X, -1), "above": (Y, 1), "below": (Y, -1), "left of": (X, 1), "right of": (X, -1)}
+RELATIONS = {"to the left of": (X, 1), "to the right of": (X, -1), "above": (Y, 1), "below": (Y, -1), "left of": (X, 1), "right of": (X, -1)} # relation -> column that is compared, sign
 
 
 def _pairs(a, b, rows): return a.fits(rows)[:, :, None] & b.fits(rows)[:, None] & ~np.eye(7, dtype=bool)
@@ -263,7 +264,7 @@ class Next(Claim):
     def named(self, rows): return _pairs(self.a, self.b, rows).any((1, 2))
 
 # %% ../nbs/train/20_tiny_towers.ipynb #da41051f
-MOST = {"leftmost": (X, 1), "rightmost": (X, -1), "topmost": (Y, 1), "bottommost": (Y, -1), "biggest": (AREA, -1), "largest": (AREA, -1), "smallest": (AREA, 1)}
+MOST = {"leftmost": (X, 1), "rightmost": (X, -1), "topmost": (Y, 1), "bottommost": (Y, -1), "biggest": (AREA, -1), "largest": (AREA, -1), "smallest": (AREA, 1)} # word -> column that is ordered, sign
 
 
 @dataclass
@@ -395,13 +396,12 @@ def batch_of(
     pools, # one or more `Pool`s, or pairs of pictures and rows
     rng, # a NumPy generator; the same one gives the same batch
     size:int=64, # B, shared equally among the pools
-    each:int=2, # claims per picture
     slips:float=.01, # share of the words that become unknown
-)->Batch: # K = each · B claims made up for the pictures, and B of the lesson's
+)->Batch: # K = 2B claims made up for the pictures, and B of the lesson's
     "Draw one step's pictures, sentences and tables."
     images, rows = _drawn_from(pools, rng, size)
     taught = rng.choice(len(LESSON), size, replace=False)
-    claims = [claim(r, rng) for r in rows for _ in range(each)] + [LESSON[i] for i in taught]
+    claims = [claim(r, rng) for r in rows for _ in range(2)] + [LESSON[i] for i in taught]
     sentences = [" ".join(w if rng.random() > slips else "unknown" for w in c.words(rng)) for c in claims]
     return Batch(images, sentences, *judged(claims, rows), taught)
 
@@ -452,7 +452,7 @@ def encode_words(
 KEEP, TEACH = .5, 2. # weights of the lesson's table after the first lesson: asked further; as a model for sentences
 
 
-class Scores(NamedTuple):
+class Outcome(NamedTuple):
     "What a batch costs, and the share of its decided pairs that came out right."
     loss:Tensor # mean of the next two, and what the table adds after the first lesson
     image_loss:Tensor # asked of the class token
@@ -483,13 +483,13 @@ class Contrast(nn.Module):
 
     def score(self,
         batch:Batch, # from `first_batch` or `batch_of`
-    )->Scores: # loss first
+    )->Outcome: # loss first
         "Compare, and be told the truth."
         truth, seen = [torch.from_numpy(x) for x in (batch.true, batch.false, batch.close)], encode_pictures(self.model, normalise(batch.images))
         t = F.normalize(self.table, dim=-1) if batch.sentences is None else encode_words(self.model, word_ids(batch.sentences))
         (a, a_right), (b, b_right) = (pair_loss(x, *truth) for x in self(seen, t))
         more = 0. if batch.taught is None else self._teach(seen, t, truth, torch.from_numpy(batch.taught))
-        return Scores((a + b) / 2 + more, a, b, a_right, b_right)
+        return Outcome((a + b) / 2 + more, a, b, a_right, b_right)
 
     def _teach(self, seen, t, truth, taught):
         "The table goes on being asked, and the last sentences shall have the vectors that it has for them."
@@ -516,8 +516,6 @@ def fresh_towers(
 def whiten(
     conv:nn.Conv2d, # patch embedding, stride = kernel size; its weight is set
     images, # (n, h, w, 3) uint8: pictures whose patches count
-    strength:float=.5, # γ: spread of the channels afterwards
-    floor:float=.01, # ε as a share of the patches' mean square
 ):
     "Start a patch embedding at the leading principal directions of patches, scaled to equal spread."
     k, n = conv.kernel_size[0], conv.out_channels
@@ -525,7 +523,7 @@ def whiten(
     x = x - x.mean(0)
     values, vectors = torch.linalg.eigh(x.T @ x / len(x))
     values, vectors = values.flip(0)[:n], vectors.flip(1)[:, :n]
-    w = strength * vectors / (values + floor * (x * x).mean()).sqrt()
+    w = .5 * vectors / (values + .01 * (x * x).mean()).sqrt() # γ and, as a share of the mean square, ε
     conv.weight.copy_(w.T.reshape(n, 3, k, k))
 
 # %% ../nbs/train/20_tiny_towers.ipynb #4e24fee1
@@ -533,14 +531,13 @@ def whiten(
 def smooth_positions(
     table:Tensor, # (1 + n², C) class token, then the patches row by row; all but the first row are set
     n:int, # patches along a side
-    strength:float=.2, # spread of the numbers afterwards
 ):
     "Start a table of positions as a random mixture of smooth waves along rows and columns."
     k = torch.arange(1, n)
     waves = (torch.pi * k * (torch.arange(n)[:, None] + .5) / n).cos() / k # (n, n − 1)
     both = torch.cat([waves.expand(n, n, -1), waves[:, None].expand(n, n, -1)], -1).flatten(0, 1) # of the column, then of the row
     mixed = both @ torch.randn(both.shape[1], table.shape[1])
-    table[1:] = strength * mixed / mixed.std()
+    table[1:] = .2 * mixed / mixed.std()
 
 # %% ../nbs/train/20_tiny_towers.ipynb #03d1ec3e
 def first_batch(
@@ -585,7 +582,7 @@ def _optimiser(learner):
     return torch.optim.AdamW(groups, lr=LR, betas=(.9, .98))
 
 # %% ../nbs/train/20_tiny_towers.ipynb #993f3562
-STATE = "barleria_nb pre-training state, version 1"
+STATE = "barleria_nb pre-training state, version 1" # format of the file that a stopped run goes on from
 
 
 def _save_state(path, learner, optimiser, progress):
@@ -621,7 +618,7 @@ def _load_state(path, learner, optimiser, settings):
 
 # %% ../nbs/train/20_tiny_towers.ipynb #a2ce0859
 class Pretraining:
-    "One run: the towers, their optimiser, and the pictures to learn from and to check on."
+    "One run: the towers, their optimiser, and the pictures to learn from and to check on. A `BarleriaError` when the pictures held out leave none to check on or none to learn from."
     def __init__(self,
         pools, # three `Pool`s: scenes, close-ups, singles; the last pictures of each are held out
         held_out, # how many of each
@@ -651,7 +648,7 @@ class Pretraining:
     def step(self,
         step:int, # from 0
     )->dict: # the scores before the correction, as numbers
-        "One correction."
+        "One correction; a `BarleriaError` when the loss is no longer finite."
         for group in self.optimiser.param_groups: group["lr"] = rate(step, self.steps)
         scores = self.learner.score(self.batch(step))
         if not scores.loss.isfinite(): raise BarleriaError(f"the loss is no longer finite at step {step}; the state before it is kept.")
@@ -705,7 +702,6 @@ def pretrain(
     held_out=HELD_OUT, # how many pictures at the end of each pool are only checked on
     every:int=100, # steps from one line of the log, with its checks, to the next; states come five times as rarely
     stop:int|None=None, # leave off after this many steps; the same call without it goes on
-    threads:int|None=None, # processor threads for PyTorch; None leaves them as they are
     workers:int=2, # processes that draw
     progress:bool=True, # show bars
 )->open_clip.CLIP: # as stored, in evaluation mode; the towers so far after a `stop`
@@ -714,7 +710,6 @@ def pretrain(
     settings = dict(steps=steps, first=first, size=size, seed=seed, held_out=list(held_out), pictures=list(KINDS.values()) if pools is None else [len(p[0]) for p in pools])
     if min(steps, every) < 1 or not 2 <= size <= len(LESSON): raise BarleriaError(f"{steps} steps of {size} pictures, a line every {every}; give at least one step, 2 to {len(LESSON)} pictures and a line every step or more.")
     if _finished(out, settings): return load_tiny_clip(out).eval()
-    if threads: torch.set_num_threads(threads)
     if pools is None: pools = [draw_pool(kind, n, workers, progress) for kind, n in KINDS.items()]
     run, state, done = Pretraining(pools, held_out, size, steps, seed, first), out / "state.safetensors", dict(step=0, seconds=0., rows=[])
     if state.exists(): done = _load_state(state, run.learner, run.optimiser, settings)
@@ -813,7 +808,7 @@ def _order(asked, kind, rng):
 
 
 @torch.no_grad()
-def probe(
+def probe_towers(
     model:open_clip.CLIP, # from `load_tiny_clip` or `fresh_towers`
     scenes:list, # `Scene`s, a hundred or more; for the shipped towers `held_out_scenes`
     seed:int=11, # of the wordings
@@ -833,6 +828,6 @@ def probe(
 def held_out_scenes(
     n:int=HELD_OUT[0], # how many, at most HELD_OUT[0]
 )->list[Scene]: # of the scenes, not the close-ups
-    "Scenes that the shipped towers never saw."
+    "Scenes that the shipped towers never saw; a `BarleriaError` when more are asked for than were held out, or fewer than one."
     if not 0 < n <= HELD_OUT[0]: raise BarleriaError(f"{HELD_OUT[0]} scenes are held out, not {n}; ask for fewer.")
     return [draw_scene("towers", KINDS["scenes"] - HELD_OUT[0] + i) for i in range(n)]

@@ -6,6 +6,7 @@
 __all__ = ['prior_weights', 'GlobalPrior']
 
 # %% ../nbs/06_prior.ipynb #ad8a1c56
+# Imports core alone. Layers only: no files, no network, no global state.
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,7 +23,7 @@ def prior_weights(
 
 # %% ../nbs/06_prior.ipynb #86ce9116
 class GlobalPrior(nn.Module):
-    "What the sentence thinks of every word and every patch: each of them, weighed by its cosine with the sentence (BarLeRIa Eq. 4)."
+    "What the sentence thinks of every word and every patch: each of them, weighed by its cosine with the sentence (BarLeRIa Eq. 4). A `BarleriaError` when there is no joint space."
     def __init__(self,
         visual:int, # channels of the patch features F_v
         joint:int|None, # channels J of the joint space; where they are not `visual`, a learned Linear(visual, joint), not in the paper, maps F_v

@@ -6,6 +6,7 @@
 __all__ = ['KINDS', 'Pair', 'minimal_pairs', 'answered', 'judge', 'yardsticks', 'answer_pairs', 'probe', 'probe_table']
 
 # %% ../nbs/13c_probe.ipynb #593e62d7
+# Imports core, data, metrics, shapes. Writes nothing.
 import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ _EDITS = dict(
     relation=_both(left="right", above="below"),
     shape=_others(SHAPES),
     mirror=_both(left="right", leftmost="rightmost"))
-KINDS = tuple(_EDITS)
+KINDS = tuple(_EDITS) # what a pair differs in
 
 
 def _edited(sentence, edits, rng):

@@ -8,6 +8,7 @@ __all__ = ['NATIVE', 'PROTOCOLS', 'Protocol', 'find_protocol', 'true_mask', 'bri
            'with_truth', 'Masks', 'read_masks', 'score_masks']
 
 # %% ../nbs/13d_protocols.ipynb #e3d43d09
+# Imports core, data, loss, metrics, probe. Reads masks from files, writes nothing.
 import math, os, re
 from copy import copy
 from dataclasses import dataclass, replace
@@ -78,10 +79,10 @@ class Protocol:
         return said
 
 # %% ../nbs/13d_protocols.ipynb #cc641b6d
-NATIVE = Protocol()
+NATIVE = Protocol() # how this library scores
 PROTOCOLS = dict(native=NATIVE,
     cris=Protocol(way="bicubic", empty=0),
-    lavt=Protocol(place=480, values="logits", threshold=.5, truth="summed", at_least=True, empty=0))
+    lavt=Protocol(place=480, values="logits", threshold=.5, truth="summed", at_least=True, empty=0)) # name -> a way to score: this library's, and those of other code
 
 
 def find_protocol(
@@ -89,7 +90,7 @@ def find_protocol(
     sentences:str="all", # "all", "first" or "random"
     threshold:float|None=None, # of the probability; the protocol's own by default
 )->Protocol: # a `BarleriaError` when there is none of that name
-    "Find a protocol by its name, with another choice of sentences or another threshold if need be."
+    "Find a protocol by its name, with another choice of sentences or another threshold if need be; a `BarleriaError` when the name is unknown."
     if name not in PROTOCOLS: raise BarleriaError(f"there is no protocol '{name}'; take one of {', '.join(PROTOCOLS)}.{near(name, PROTOCOLS)}")
     p = PROTOCOLS[name]
     return replace(p, sentences=sentences, threshold=p.threshold if threshold is None else threshold)
@@ -174,7 +175,7 @@ class ProtocolScores(Scores):
         return total if total is NotImplemented else ProtocolScores(total.records, self.protocol, self.rule)
 
     def summary(self)->dict: # as of `Scores`
-        "Every metric at once, as fractions."
+        "Every metric at once, as fractions; a `BarleriaError` when there is nothing to score."
         if not self.rule.at_least and self.rule.empty: return super().summary()
         if not self.pairs: raise BarleriaError("there is nothing to score; add at least one pair (I, U).")
         rows, n = _read(self.pairs.values(), self.rule), len(self)
@@ -255,7 +256,7 @@ def sweep(
     device="cpu", # where the model is
     progress:bool=True, # show a bar
 )->dict: # threshold -> `ProtocolScores`
-    "Score a model at many thresholds in one pass."
+    "Score a model at many thresholds in one pass; a `BarleriaError` when a split of the set is named test."
     tests = [s for s in refset.splits if "test" in s.lower()]
     if tests: raise BarleriaError(f"{refset.name}: no threshold is tuned on the split '{tests[0][:40]}'; sweep over val, and score the test with what you found there.")
     thresholds = list(thresholds)

@@ -9,13 +9,14 @@ __all__ = ['SETS', 'UNION', 'PLACES', 'GREF', 'NAMES', 'LOST', 'DEFAULT', 'MEASU
            'overview_table', 'reproduce', 'record']
 
 # %% ../nbs/train/24_refcoco.ipynb #8975d88f
+# Imports bench, papers, refcoco, speed and what is below. Writes the ledger, and the run of `reproduce`.
 import csv, io, json
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from statistics import mean
 
-from .bench import read_bench, spread_of, summaries
+from .bench import spread_of, summaries
 from .core import BarleriaError, asset, atomic, near, read_json
 from .data import RefSet
 from .inference import Segmenter
@@ -237,7 +238,7 @@ class LedgerRow:
     exaflop:float|None=None # 10¹⁸ operations of all training steps
     h100_hours:float|None=None # predicted for these, at `SHARE` of `PEAK`
     command:str="" # fetch, train, score
-MEASURED = ("measured", "seeds", "commit", "hardware", "hours")
+MEASURED = ("measured", "seeds", "commit", "hardware", "hours") # columns of the ledger that a run fills
 _WHO = ("paper", "table", "row", "dataset", "split")
 
 
@@ -292,7 +293,7 @@ def predicted_hours(
 def cpu_rate(
     precision:str="bf16", # or "no"
 )->float: # operations per second
-    "What two CPU cores reached in training steps of `barleria-b16`, as the shipped speed report measured them."
+    "What two CPU cores reached in training steps of `barleria-b16`, as the shipped speed report measured them (`results/speed/cpu.json`)."
     rows = {tuple(r["key"]): r for r in read_json(asset("results/speed/cpu.json"))["rows"]}
     r = rows["step", "barleria-b16", 2, precision, False]
     return r["flops"] / r["here"]["best"]

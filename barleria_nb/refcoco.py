@@ -9,6 +9,7 @@ __all__ = ['OFFICIAL', 'PARTITIONS', 'PICKLE', 'STEPS', 'DEPTH', 'ADMITTED', 'HU
            'fetch_refcoco', 'plan_lines', 'letterboxed', 'Letterboxed']
 
 # %% ../nbs/01b_refcoco.ipynb #36d48f95
+# Imports core and data. The one module that fetches data sets: threads, network and files below `out`, only when `fetch_refcoco` is called.
 import hashlib, http.client, json, lzma, os, pickletools, re, shutil, ssl, struct, tarfile, threading, time, urllib.error, urllib.request, zipfile, zlib
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -32,7 +33,7 @@ OFFICIAL = { # (refs, sentences, images) of each split, as `RefSet.splits` count
     "refcocog": dict(train=(42226, None, 21899), val=(2573, None, 1300), test=(5023, None, 2600)),
     "refcocog-google": dict(train=(44822, None, 24698), val=(5000, None, 4650)),
 }
-PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refcocog-google": "google"}
+PARTITIONS = {"refcoco": "unc", "refcoco+": "unc", "refcocog": "umd", "refcocog-google": "google"} # set -> whose splits, as the original release names its file of refs
 
 # %% ../nbs/01b_refcoco.ipynb #56dd608c
 PICKLE = 2**28 # bytes; far above any original file
@@ -185,7 +186,7 @@ MIRRORS = {
         train=("train-00000-of-00001-4fe3e6340cfb69ed", "6ab9631fb9353e94f440832f272ab15bae5726b62168e930a922aa687ed62b96"),
         val=("validation-00000-of-00001-15168dfe7b5961e5", "7bdf9673f6e056d0261d549cef05b58476b23cff0cc8608c6acbb990283039ef"),
         test=("test-00000-of-00001-2316f36b19cd7f72", None)),
-}
+} # set -> its tables, at a commit
 IMAGE_BYTES = 163_000 # the mean over train2014: its archive's bytes over its 82,783 images
 
 NAMES = """person bicycle car motorcycle airplane bus train truck boat traffic_light fire_hydrant - stop_sign parking_meter bench bird cat dog horse sheep cow elephant bear zebra giraffe - backpack umbrella - - handbag tie
@@ -194,7 +195,7 @@ chair couch potted_plant bed - dining_table - - toilet - tv laptop mouse remote 
 CATEGORIES = [dict(id=n, name=name.replace("_", " ")) for n, name in enumerate(NAMES, 1) if name != "-"] # COCO's; the tables give only the numbers
 
 # %% ../nbs/01b_refcoco.ipynb #f6d57f3a
-FILE = re.compile(r"COCO_train2014_([0-9]{12})\.jpg")
+FILE = re.compile(r"COCO_train2014_([0-9]{12})\.jpg") # name of an image of COCO's train2014
 
 class _Records:
     "Refs, annotations and images on their way into a folder; each is checked as it comes."
@@ -245,7 +246,7 @@ def _sentences(ref_id, found):
     return [dict(sent_id=_whole(s, "sent_id"), sent=s["sent"]) | ({"raw": s["raw"]} if isinstance(s.get("raw"), str) else {}) for s in found]
 
 # %% ../nbs/01b_refcoco.ipynb #4deaf004
-COLUMNS = ("ref_id", "ann_id", "image_id", "sentences", "raw_anns", "raw_image_info")
+COLUMNS = ("ref_id", "ann_id", "image_id", "sentences", "raw_anns", "raw_image_info") # that a table must have
 ROWS, VALUES, UNPACKED = 200_000, 2**24, 2**29 # rows; values in a column; bytes
 
 def read_table(
@@ -400,7 +401,7 @@ class _Plainly(urllib.request.HTTPHandler):
 class _Safely(urllib.request.HTTPSHandler):
     def https_open(self, req): return self.do_open(type("Https", (_Timed, http.client.HTTPSConnection), {}), req)
 
-HANDLERS = (urllib.request.ProxyHandler, _Plainly, _Safely, urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, _Redirects)
+HANDLERS = (urllib.request.ProxyHandler, _Plainly, _Safely, urllib.request.UnknownHandler, urllib.request.HTTPDefaultErrorHandler, urllib.request.HTTPErrorProcessor, _Redirects) # of addresses: http, https and nothing else
 
 def _ask(url, limit, stop):
     "One try: the bytes, and the SHA-256 that the server states, if it does. The hub says it in a header of its redirect."

@@ -7,6 +7,7 @@ __all__ = ['Sum', 'SharedNorm', 'share_norms', 'spread', 'still', 'statistics', 
            'peak_memory']
 
 # %% ../nbs/13b_scale.ipynb #3bfa159c
+# Imports core alone. Starts processes in `apart`, talks to others by torch.distributed, resets the kernel's memory peak.
 import json, os, subprocess, sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ class SharedNorm(nn.modules.batchnorm._BatchNorm):
     def forward(self,
         x:Tensor, # (B, C, …)
     )->Tensor: # of the same shape and type
-        "Two exchanges: the mean, then the variance."
+        "Two exchanges: the mean, then the variance; a `BarleriaError` when there are fewer than two values per channel."
         if not self.training: return super().forward(x)
         rows = lambda t: t.view(1, -1, *[1] * (x.ndim - 2))
         dims, wide = [0, *range(2, x.ndim)], x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

@@ -8,19 +8,18 @@ __all__ = ['VERSION', 'SIDE', 'COLOURS', 'SHAPES', 'SIZES', 'SCENES', 'MARGIN', 
            'make_refshapes', 'scene_hash', 'frozen_hashes']
 
 # %% ../nbs/02_shapes.ipynb #e639abe6
-import hashlib, json, math, shutil
+# Imports core alone. Drawing touches nothing; `make_refshapes` writes one folder and starts processes.
+import hashlib, json, math
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from .core import REMEDY, BarleriaError, near, read_json, write_json
+from .core import BarleriaError, fresh_folder, near, read_json, write_json
 
 # %% ../nbs/02_shapes.ipynb #7590fde4
 VERSION = "refshapes-v1" # a part of every key: another version is another set
@@ -80,8 +79,8 @@ class Draws:
 # %% ../nbs/02_shapes.ipynb #bef01d4a
 SIDE = 128 # every picture is SIDE × SIDE pixels
 COLOURS = dict(red=(205, 38, 38), orange=(240, 135, 25), yellow=(238, 216, 50), green=(40, 150, 60),
-               blue=(40, 80, 205), purple=(140, 55, 165), white=(242, 242, 242), black=(24, 24, 24))
-SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
+               blue=(40, 80, 205), purple=(140, 55, 165), white=(242, 242, 242), black=(24, 24, 24)) # name -> red, green, blue
+SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond") # what is drawn
 SIZES = dict(small=(.018, .028), large=(.055, .085)) # share of the picture that an unhidden thing covers
 
 
@@ -400,9 +399,9 @@ def _related_sentence(things, k, rng):
     return f"the {_said(named, rng)} {rng.choice(('', 'that is '))}{relation} the {_said(mark, rng)}"
 
 # %% ../nbs/02_shapes.ipynb #789a3058
-FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "refshapesg-google")
+FLAVOURS = ("refshapes", "refshapes+", "refshapesg", "refshapesg-google") # the sets, after RefCOCO, RefCOCO+, RefCOCOg (umd and google)
 VOCABULARY = (*COLOURS, *SHAPES, *SIZES, "one", "thing", "object", "a", "the", "that", "is", "on", "at", "to", "of", "left", "right", "top", "bottom",
-              "leftmost", "rightmost", "topmost", "bottommost", "biggest", "largest", "smallest", "above", "below", "next")
+              "leftmost", "rightmost", "topmost", "bottommost", "biggest", "largest", "smallest", "above", "below", "next") # all words of the sentences
 _FORMS = {"refshapes": ((_plain_sentence, .3), (_side_sentence, .5), (_most_sentence, .2)),
           "refshapes+": ((_plain_sentence, .45), (_most_sentence, .25), (_next_sentence, .3)),
           "refshapesg": ((_related_sentence, .7), (_next_sentence, .2), (_plain_sentence, .1))}
@@ -560,19 +559,6 @@ def _known_scenes(flavour, scenes):
     if not _scene_list(flavour, scenes): raise BarleriaError(f"no scenes of {flavour} were asked for; say how many, such as scenes={{'train': 100}}.")
 
 # %% ../nbs/02_shapes.ipynb #dd00f915
-@contextmanager
-def _fresh_folder(out):
-    "Yield a new folder beside `out` that takes its place when the block ends well, and vanishes otherwise."
-    part = out.absolute().with_name(f".{out.absolute().name}-{uuid4().hex[:8]}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if out.exists(): out.rmdir()
-        part.replace(out)
-    except OSError as e: raise BarleriaError(f"{out} was not made: {REMEDY.get(e.errno, e.strerror or e)}.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
-
-
 def _write_scene(job):
     "Worker: draw one scene, save its picture, return its records."
     folder, split, index, flavour = job
@@ -616,7 +602,7 @@ def make_refshapes(
     if _holds(out, _card(flavour, scenes)): return out
     if out.is_file() or out.exists() and any(out.iterdir()):
         raise BarleriaError(f"{out} holds something other than this {flavour}; choose another folder or remove it.")
-    with _fresh_folder(out) as part: _draw_folder(part, flavour, scenes, workers, progress)
+    with fresh_folder(out) as part: _draw_folder(part, flavour, scenes, workers, progress)
     return out
 
 # %% ../nbs/02_shapes.ipynb #48af21d1

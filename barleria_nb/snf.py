@@ -6,6 +6,7 @@
 __all__ = ['FORMS', 'planar_step', 'AffinePlanarFlow', 'folds', 'invert', 'HadamardFlow', 'SNF']
 
 # %% ../nbs/04_snf.ipynb #8668a6fa
+# Imports backbones and core. Layers only: no files, no network, no global state.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ def planar_step(
 
 # %% ../nbs/04_snf.ipynb #438aed43
 class AffinePlanarFlow(nn.Module):
-    "The shortcut map s(x) at each token: scale and shift per channel, then planar steps (BarLeRIa Eq. 1 and A.2); 10 dim + 4 numbers at length 4."
+    "The shortcut map s(x) at each token: scale and shift per channel, then planar steps (BarLeRIa Eq. 1 and A.2); 10 dim + 4 numbers at length 4. A `BarleriaError` when dim or length is below one."
     def __init__(self,
         dim:int, # channels d of a token
         length:int=4, # planar steps K
@@ -59,7 +60,7 @@ class AffinePlanarFlow(nn.Module):
 def folds(
     flow:AffinePlanarFlow, # any planar flow
 )->Tensor: # (K,) bool: True where w_k·u_k ≤ −1
-    "Which planar steps fold the space (w·u < −1) or are about to (w·u = −1)."
+    "Which planar steps fold the space (w·u < −1) or are about to (w·u = −1) (source: Rezende and Mohamed 2015, A.1)."
     return (flow.w * flow.u).sum(-1) <= -1
 
 # %% ../nbs/04_snf.ipynb #d1829af4
@@ -68,7 +69,7 @@ def invert(
     y:Tensor, # tokens after the flow (..., d)
     halvings:int=60, # of the interval that holds each unknown
 )->Tensor: # tokens before the flow (..., d); carries no gradient
-    "Undo a flow: solve one scalar equation per step, last step first."
+    "Undo a flow: solve one scalar equation per step, last step first (source: Rezende and Mohamed 2015, A.1); a `BarleriaError` when a step folds."
     if folds(flow).any(): raise BarleriaError(f"steps {folds(flow).nonzero().flatten().tolist()} fold (w·u ≤ −1): no inverse; use a flow with w·u > −1.")
     with torch.no_grad():
         for u, w, b in reversed(list(zip(flow.u, flow.w, flow.b))):
@@ -83,7 +84,7 @@ def invert(
 
 # %% ../nbs/04_snf.ipynb #e2fa6b35
 class HadamardFlow(nn.Module):
-    "Eq. 1 of BarLeRIa taken literally: z + u ⊙ tanh(w ⊙ z + b) with u, w, b of `dim` numbers each; 12 dim numbers at length 4."
+    "Eq. 1 of BarLeRIa taken literally: z + u ⊙ tanh(w ⊙ z + b) with u, w, b of `dim` numbers each; 12 dim numbers at length 4. A `BarleriaError` when dim or length is below one."
     def __init__(self,
         dim:int, # channels d of a token
         length:int=4, # steps K
@@ -107,10 +108,10 @@ class HadamardFlow(nn.Module):
         return total
 
 # %% ../nbs/04_snf.ipynb #beb99dee
-FORMS = dict(planar=AffinePlanarFlow, hadamard=HadamardFlow)
+FORMS = dict(planar=AffinePlanarFlow, hadamard=HadamardFlow) # form -> flow
 
 class SNF(Tuner):
-    "Shortcut flows: y = s(x) + f(x), a flow for the attention part and one for the MLP part of every block (BarLeRIa §2.1, A.2)."
+    "Shortcut flows: y = s(x) + f(x), a flow for the attention part and one for the MLP part of every block (BarLeRIa §2.1, A.2). A `BarleriaError` when the form or a tower is unknown."
     def __init__(self,
         towers:tuple[str, ...]=("visual",), # "visual" (the paper's SNF row), or both "visual" and "text"
         length:int=4, # steps per flow

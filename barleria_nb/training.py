@@ -9,6 +9,7 @@ __all__ = ['STATE', 'MOMENTS', 'PRECISIONS', 'LOGGERS', 'optimiser', 'lr_at', 't
            'train', 'logged', 'find_runs', 'data_name', 'first_refs', 'shuffled']
 
 # %% ../nbs/14_training.ipynb #f4e060e6
+# Imports what a run needs. Writes the run's folder, takes over Ctrl-C and SIGTERM while it runs, asks git for the commit.
 import csv, hashlib, io, json, math, platform, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
@@ -80,7 +81,7 @@ class EpochOrder(Sampler):
 
 # %% ../nbs/14_training.ipynb #2ce44c5b
 class Portions(Sampler):
-    "The batches of an epoch as one process sees them: of each step its share, cut into parts. What fills no batch is left out."
+    "The batches of an epoch as one process sees them: of each step its share, cut into parts. What fills no batch is left out; a `BarleriaError` when processes and parts do not divide the batch."
     def __init__(self,
         order:EpochOrder, # of all items
         batch:int, # items per step, of all processes together
@@ -116,7 +117,7 @@ class Portions(Sampler):
     def __len__(self): return (self.steps - self.first) * self.parts
 
 # %% ../nbs/14_training.ipynb #abf3a2dd
-STATE = "barleria_nb training state, version 2"
+STATE = "barleria_nb training state, version 2" # format of the files that a stopped run goes on from
 MOMENTS = ("step", "exp_avg", "exp_avg_sq") # Adam's names for k, m and s
 
 def full_state(
@@ -269,7 +270,7 @@ class RunFolder:
         with atomic(self.file("log.csv")) as part: part.write_text(text.getvalue())
 
 # %% ../nbs/14_training.ipynb #16b1c73d
-PRECISIONS = ("no", "bf16", "fp16")
+PRECISIONS = ("no", "bf16", "fp16") # "no": 32 bits
 
 def check_precision(
     precision:str, # one of `PRECISIONS`?
@@ -387,7 +388,7 @@ class Loop:
         if self.world > 1: self.skipped |= dict.fromkeys(gather_object(list(self.skipped)))
 
     def too_many(self):
-        "Too much of the data is broken."
+        "Too much of the data is broken; a `BarleriaError` names refs."
         names = [str(self.data.refs[i][0].ref_id) for i in self.skipped]
         raise BarleriaError(f"{len(names)} of {len(self.data)} refs have pictures that cannot be read, more than the share of {self.unreadable:g} that may (refs {', '.join(names[:5])} …); mend the data.")
 
@@ -509,7 +510,7 @@ class Trainer(Keeper):
         if not self.main: folder.tell = None
 
     def run(self)->dict: # the run's card
-        "Train what is left to train; a `Stopped` after Ctrl-C or SIGTERM."
+        "Train what is left to train; a `Stopped` after Ctrl-C or SIGTERM. A `BarleriaError` when the processes found different states."
         self.resume()
         if self.everywhere(self.step) != self.step * self.loop.world: raise BarleriaError(f"the processes found different states in {self.folder.path}; give a folder that all machines share.")
         self.write_card(done=False)
@@ -608,7 +609,7 @@ class Trainer(Keeper):
         return score
 
     def lost(self, what):
-        "Give up before anything that is not a number reaches the disk."
+        "Give up before anything that is not a number reaches the disk; always a `BarleriaError`."
         raise BarleriaError(f"{what} of {self.folder.path}; lower --lr (now {self.loop.config.lr:g}) and choose another folder. What was saved before is kept.")
 
 # %% ../nbs/14_training.ipynb #3613106a
@@ -651,7 +652,7 @@ def train(
     with onednn(), logged(logger if loop.rank == 0 else None, folder): return Trainer(loop, judge, folder, progress, save_steps, skip).run()
 
 # %% ../nbs/14_training.ipynb #6de4af97
-LOGGERS = ("tensorboard", "trackio", "wandb")
+LOGGERS = ("tensorboard", "trackio", "wandb") # packages that can take the rows of a run
 
 @contextmanager
 def logged(

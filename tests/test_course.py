@@ -1,6 +1,5 @@
 "Student copies: what is blanked, what is refused, what lies in the folder, and that it marks itself."
 import ast
-import contextlib
 import json
 import re
 import subprocess

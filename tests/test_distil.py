@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from barleria_nb.backbones import build_tiny_dino, load_tiny_clip, load_tiny_dino, tiny_dino
 from barleria_nb.core import BarleriaError, asset, read_json, set_seed
 from barleria_nb.data import normalise
-from barleria_nb.distil import (HIDE, LIGHT, MOMENTUM, RATE, VIEW, Distillation, Run, bridge, centre_probe, cross_entropy, effective_rank, entropy, hidden_patches,
+from barleria_nb.distil import (HIDE, LIGHT, MOMENTUM, RATE, VIEW, DinoPretraining, Distillation, bridge, centre_probe, cross_entropy, effective_rank, entropy, hidden_patches,
                                 linear_probe, pace, patch_features, patch_labels, patch_weights, pretrain_dino, probe_patches, readable, recall, sinkhorn, stand_out, tokens, views)
-from barleria_nb.pretrain import HELD_OUT, KINDS, Pool, _draw_one, draw_pool, held_out_scenes, small_picture, thing_rows
+from barleria_nb.pretrain import HELD_OUT, KINDS, _draw_one, draw_pool, held_out_scenes, small_picture, thing_rows
 from common import line
 
 
@@ -113,7 +113,7 @@ def test_the_pace():
 
 
 def test_a_batch_depends_on_seed_and_step_alone(pools):
-    a, b, c = (Run(pools, (8, 8, 8), 3, 9, seed) for seed in (0, 0, 1))
+    a, b, c = (DinoPretraining(pools, (8, 8, 8), 3, 9, seed) for seed in (0, 0, 1))
     assert all(torch.equal(x, y) for x, y in zip(a.batch(5), b.batch(5)))
     assert not torch.equal(a.batch(5)[0], b.batch(6)[0]) and not torch.equal(a.batch(5)[0], c.batch(5)[0])
     assert len(a.images) == 3 * 16 and a.batch(0)[0].shape == (6, 3, 64, 64)
@@ -192,7 +192,7 @@ def test_the_first_row_of_the_log_can_be_made_again(shipped, pools):
         def __len__(self): return sum(kept.values())
         def __getitem__(self, pick): return np.stack([picture(int(i)) for i in pick])
 
-    first = Run(pools, (8, 8, 8), told["size"], told["steps"], told["seed"])
+    first = DinoPretraining(pools, (8, 8, 8), told["size"], told["steps"], told["seed"])
     first.images = Lazy()
     for k, v in first.step(0).items(): assert v == pytest.approx(first_row[k], abs=2e-3), k
 

@@ -6,7 +6,6 @@ import resource
 import time
 import warnings
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from barleria_nb.baselines import Bridger, Listen
 from barleria_nb.densecross import DenseCross, DenseCrossAdapter
 from barleria_nb.detris import ConvBottleneck, ConvTextAdapter
 from barleria_nb.head import Decoder, Head, Neck, Projector
-from barleria_nb.importing import FORMS, RELEASED, Rule, check_fit, import_release, inspect_archive, misfits, our_state, plan, read_release, release_of, rules, split_class_row, take, to_released
+from barleria_nb.importing import FORMS, RELEASED, check_fit, import_release, misfits, our_state, plan, read_release, release_of, rules, split_class_row, take, to_released
 from barleria_nb.model import BACKBONES, RISModel, build_model, config, load_tuned, read_about, towers_hash, tuned_state
 from common import line
 from test_weights import RAN, Evil, no_network, stand_in # noqa: F401, two of them fixtures

@@ -13,7 +13,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
@@ -21,8 +21,7 @@ from safetensors.torch import save
 import barleria_nb.inference as module
 from barleria_nb.core import asset, read_json, write_json
 from barleria_nb.data import MAX_PIXELS, Letterbox
-from barleria_nb.inference import FACTS, Result, Results, Segmenter, facts, find_model, model_card, read_card, shipped_models, split_scores, tuned_file
-from barleria_nb.metrics import THRESHOLD
+from barleria_nb.inference import FACTS, Results, Segmenter, facts, find_model, model_card, read_card, shipped_models, split_scores
 from barleria_nb.model import build_model, config, read_about, save_tuned
 from barleria_nb.scale import forget_peak, peak_memory
 from common import line

@@ -1,4 +1,5 @@
 "The package as it is installed: one version, importable without the notebook tools, a wheel that carries its data; and what is said of it elsewhere."
+import ast
 import os
 import re
 import shutil
@@ -108,7 +109,11 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import barleria_nb
 names = [m.name for m in pkgutil.walk_packages(barleria_nb.__path__, "barleria_nb.") if "_assets" not in m.name]
+import torch
+state = lambda: (torch.get_num_threads(), torch.get_rng_state().tolist())
+before = state()
 for name in names: importlib.import_module(name)
+assert state() == before, "an import changed PyTorch's threads or random numbers"
 assert not TOOLS & {m.split(".")[0] for m in sys.modules}
 print(len(names))
 """
@@ -116,6 +121,36 @@ print(len(names))
 
 def test_library_imports_without_the_notebook_tools():
     assert int(run(sys.executable, "-c", IMPORT_ALL, cwd=ROOT)) >= 2
+
+
+LATE = {("recipes", "speed")}  # flops
+
+
+def test_modules_import_earlier_chapters_alone():
+    "Reading order is layer order, so there can be no cycle; the commands import later chapters only when they run."
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in (ROOT / "barleria_nb").glob("*.py")}
+    chapters = {m: re.search(r"File to edit: .*?([^/]+)\.ipynb", text) for m, text in texts.items()}
+    chapters = {m: found[1] for m, found in chapters.items() if found}
+    assert len(chapters) == len(texts.keys() - {"__init__", "_modidx"}) > 30
+    late = set()
+    for module in chapters:
+        for line in ast.parse(texts[module]).body:
+            if not isinstance(line, ast.ImportFrom) or not line.level: continue
+            names = [line.module] if line.module else [a.name for a in line.names]
+            late |= {(module, n) for n in names if n in chapters and chapters[n] >= chapters[module]}
+    assert late == LATE
+
+
+def test_modules_say_what_they_touch():
+    "The first exported cell says which siblings a module imports, and what it reads and writes; where it names the siblings, these are they."
+    for path in sorted((ROOT / "barleria_nb").glob("[!_]*.py")):
+        text = path.read_text(encoding="utf-8")
+        said = re.search(r"^# (Imports .*)", text, re.M)
+        assert said, path.name
+        names = set(re.split(r", | and ", re.match(r"Imports (.*?)(?: alone)?(?: at start.*?)?\. ", said[1])[1]))
+        used = {line.module for line in ast.parse(text).body if isinstance(line, ast.ImportFrom) and line.level}
+        if all((ROOT / "barleria_nb" / f"{n}.py").exists() for n in names): assert names == used, path.name
+        if names == {"no sibling"}: assert not used, path.name
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +173,8 @@ def test_wheel_carries_modules_and_data_but_no_notebooks(built):
     names = set(archive.namelist())
     modules = {f"barleria_nb/{p.relative_to(source / 'barleria_nb').as_posix()}" for p in (source / "barleria_nb").rglob("*.py")}
     data = {f"barleria_nb/_assets/{p.relative_to(source / 'data').as_posix()}" for p in (source / "data").rglob("*")
-            if p.is_file() and not p.name.startswith(".") and "__pycache__" not in p.parts}
+            if p.is_file() and not p.name.startswith(".") and not {"__pycache__", "course"} & set(p.parts)}
+    assert not [n for n in names if "_assets/course" in n]  # the answers of the exam
     assert modules | data | {"barleria_nb/py.typed"} <= names
     assert not [n for n in names if n.endswith(".ipynb") or n.startswith(("nbs/", "tests/", "data/"))]
     assert any(n.endswith("LICENSE") for n in names)
@@ -186,5 +222,5 @@ def test_installed_wheel_finds_its_data(built, tmp_path):
             "print(barleria_nb.__file__); print(sorted(p.name for p in top.iterdir() if not p.name.startswith('__')))")
     where, found = run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=str(site)).splitlines()
     assert Path(where).is_relative_to(site)
-    wanted = sorted(p.name for p in (built[2] / "data").iterdir() if not p.name.startswith((".", "__")))
+    wanted = sorted(p.name for p in (built[2] / "data").iterdir() if not p.name.startswith((".", "__")) and p.name != "course")
     assert found == repr(wanted)

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 from barleria_nb.backbones import load_tiny_clip
 from barleria_nb.core import BarleriaError, asset, read_json
 from barleria_nb.data import normalise
-from barleria_nb.pretrain import (AREA, FIRST, HELD_OUT, KINDS, LR, RELATIONS, SIDES, X, Y, Contrast, Most, Phrase, Pool, Region, Relation, batch_of, claim, draw_pool,
-                                  encode_pictures, encode_words, flipped, fresh_towers, held_out_scenes, own_ids, pair_loss, pools_at, pretrain, probe, rate,
+from barleria_nb.pretrain import (AREA, FIRST, HELD_OUT, KINDS, LR, RELATIONS, SIDES, X, Y, Contrast, Most, Phrase, Region, Relation, batch_of, claim, draw_pool,
+                                  encode_pictures, encode_words, flipped, fresh_towers, held_out_scenes, own_ids, pair_loss, pools_at, pretrain, probe_towers, rate,
                                   word_ids)
 from barleria_nb.shapes import SIDE, VOCABULARY
 
@@ -159,7 +159,7 @@ def test_the_shipped_files(shipped):
 
 def test_the_shipped_towers_know_what_the_card_says(shipped):
     _, model = shipped
-    known = probe(model, held_out_scenes(40))
+    known = probe_towers(model, held_out_scenes(40))
     assert min(known["auc"]["colour"]) > .9 and min(known["auc"]["shape"]) > .85 and min(known["auc"]["colour and shape"]) > .85
     assert known["place"]["colour"][0] > 2 * known["place"]["colour"][1]
     assert min(known["order"]["side"]) > .7  # left is not right

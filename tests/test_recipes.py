@@ -17,7 +17,7 @@ from barleria_nb.inference import Segmenter
 from barleria_nb.metrics import evaluate
 from barleria_nb.model import config
 from barleria_nb.papers import paper_rows
-from barleria_nb.recipes import (GREF, MEASURED, PLACES, SETS, UNION, LedgerRow, Recipe, command, cpu_rate, ledger_rows, ledger_table, origins, predicted_hours, read_ledger, recipes, recipes_table, record,
+from barleria_nb.recipes import (GREF, MEASURED, PLACES, SETS, LedgerRow, command, cpu_rate, ledger_rows, ledger_table, origins, predicted_hours, read_ledger, recipes, recipes_table, record,
     reproduce, sentences_seen, write_ledger)
 from barleria_nb.refcoco import OFFICIAL
 from barleria_nb.shapes import make_refshapes

@@ -87,11 +87,11 @@ def test_entries_of_the_reference(tmp_path, monkeypatch):
 @pytest.mark.parametrize("html,slip", [
     ('<a href="gone.html">x</a>', "no such file"), ('<a href="#gone">x</a>', "no such anchor"), ('<a href="other.html#gone">x</a>', "no such anchor"), ('<img src="gone.png">', "no such file"),
     ('<a href="/other.html">x</a>', "root of the host"), ('<script src="https://example.org/x.js"></script>', "loads https://example.org"), ('<link rel="stylesheet" href="//example.org/x.css">', "loads //example.org"),
-    ('<p style="background: url(https://example.org/x.png)">x</p>', "loads https://example.org"), ('<a href="http://example.org">x</a>', "not an https address"), ("<pre>#| hide\nx</pre>", "shows '#| hide'"), ("<p>::: note</p>", "shows ':::'"),
+    ('<p style="background: url(https://example.org/x.png)">x</p>', "loads https://example.org"), ('<a href="http://example.org">x</a>', "not an https address"), ('<div class="cell_input"><pre>#| hide\nx</pre></div>', "shows '#| hide'"), ("<p>::: note</p>", "shows ':::'"),
 ])
 def test_slips_of_pages_are_found(tmp_path, html, slip):
     (tmp_path / "other.html").write_text('<h1 id="here">x</h1>')
-    (tmp_path / "index.html").write_text('<a href="other.html#here">x</a><a href="https://example.org/y">y</a><code>#| hide</code>')
+    (tmp_path / "index.html").write_text('<a href="other.html#here">x</a><a href="https://example.org/y">y</a><code>#| hide</code><pre>#| hide</pre>')
     assert links.check(tmp_path) == ([], ["https://example.org/y"])
     (tmp_path / "page.html").write_text(html)
     [found] = links.check(tmp_path)[0]

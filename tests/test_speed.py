@@ -34,7 +34,6 @@ def test_flops_of_the_frozen_towers_are_those_of_the_formula():
 def test_flops_are_proportional_to_the_batch_and_a_step_is_less_than_three_forward_passes():
     forward, step = speed.flops(TINY, 1, backward=False), speed.flops(TINY, 1)
     assert forward < step < 3 * forward and 0 <= 3 * step - speed.flops(TINY, 3) < 1e-3 * step # a few products are of weights alone
-    assert speed.floor_seconds(TINY, 1, 1e9) == step / 1e9
 
 
 @pytest.mark.parametrize("way", sorted(set(speed.WAYS) - {"here"}))

@@ -18,7 +18,7 @@ import barleria_nb.training as training
 from barleria_nb.data import RefDataset, RefSet, collate
 from barleria_nb.model import build_model, config, load_tuned, read_about, write_tensors
 from barleria_nb.shapes import make_refshapes
-from barleria_nb.training import (EpochOrder, Interrupts, Loop, Portions, Stopped, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser, save_state,
+from barleria_nb.training import (EpochOrder, Interrupts, Loop, Portions, accelerator, data_name, first_refs, full_state, git_commit, load_state, lr_at, optimiser, save_state,
                                   shuffled, train, train_step)
 from common import line
 
