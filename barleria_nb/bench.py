@@ -7,6 +7,7 @@ __all__ = ['BENCH', 'PAIRS', 'Budget', 'Run', 'bench_run', 'best_lr', 'Bench', '
            'bench_table', 'bench_figure', 'equal_figure']
 
 # %% ../nbs/train/23_bench.ipynb #f758c559
+# Imports what trains and scores. Starts a process per run, writes below `out`, under a lock.
 import itertools, json, os, statistics, time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from .shapes import FLAVOURS
 from .training import check_precision, data_name, train
 
 # %% ../nbs/train/23_bench.ipynb #3a06dab6
-BENCH = "barleria_nb bench run, version 1"
+BENCH = "barleria_nb bench run, version 1" # format of the file of a run
 PAIRS = 50 # minimal pairs of each kind that a run on drawn scenes is probed with
 
 
@@ -62,7 +63,7 @@ def bench_run(
     budget:Budget, # shared by all its runs
     whole:bool=True, # score all splits and probe; False: score val alone, enough to choose a learning rate
 )->dict: # what its file holds
-    "Train, score, write one JSON file. What was done before is not done again; a run killed midway goes on where it was."
+    "Train, score, write one JSON file. What was done before is not done again; a run killed midway goes on where it was. A `BarleriaError` when the file was made with other data."
     path, device = Path(out) / f"{run.place}.json", pick_device(budget.device)
     row, data = _checked(path, run, budget) if path.exists() else None, RefSet.read(folder)
     if row and row["data"] != data_name(data): raise BarleriaError(f"{path} was made with other data; choose another folder.")

@@ -8,6 +8,7 @@ __all__ = ['SORTS', 'EACH', 'RULE', 'VERDICTS', 'SHARED', 'CASES', 'BINS', 'STEP
            'shared_table']
 
 # %% ../nbs/train/23b_cases.ipynb #f5c4dfb8
+# Imports bench, inference and what is below. Reads a bench, writes one file in `write_cases`.
 import textwrap
 from functools import lru_cache
 from itertools import groupby
@@ -31,7 +32,7 @@ from .training import data_name
 SORTS = {"easy": .9, "typical": .5, "hard": .1, "disputed": None} # sort of case -> quantile of the mean IoU
 EACH = 2 # cases of each sort
 RULE = ("Sentences are ordered by the mean IoU over all methods; the two nearest to the 90th percentile are easy, to the median typical, to the 10th percentile hard, "
-        "and the two with the largest standard deviation over methods are disputed; no image twice, ties by the hashed number of the sentence.")
+        "and the two with the largest standard deviation over methods are disputed; no image twice, ties by the hashed number of the sentence.") # how cases are chosen, in words
 
 
 def choose_cases(
@@ -39,7 +40,7 @@ def choose_cases(
     images, # S numbers: which image a sentence is about
     ids, # S numbers of the sentences, for ties
 )->list: # of (sort, row): fewer where there are few images
-    "Choose sentences by `RULE`, which knows no names: another order of the methods or of the sentences gives the same ones."
+    "Choose sentences by `RULE`, which knows no names: another order of the methods or of the sentences gives the same ones. A `BarleriaError` when there is no method or no sentence."
     columns = [[float(x) for x in c] for c in zip(*ious)]
     if not columns: raise BarleriaError("there is no answer to choose from; give at least one method and one sentence.")
     mean = [fsum(c) / len(c) for c in columns]
@@ -56,7 +57,7 @@ def choose_cases(
 
 # %% ../nbs/train/23b_cases.ipynb #9820d084
 VERDICTS = {"right": "#2a9d4a", "right, rough": "#a5d6a7", "other": "#d1332e", "other, rough": "#f4a6a0", "spread": "#8d6fb8", "ground": "#b0aca6", "nothing": "#3a3a3a"} # and their colours
-SHARED = ("colour and shape", "colour", "shape", "neither")
+SHARED = ("colour and shape", "colour", "shape", "neither") # what two things have in common
 
 
 def verdict(
@@ -100,7 +101,7 @@ def _drawn(refs, data):
             raise BarleriaError(f"ref {r.ref_id} of {data.name} is no thing of a drawn scene; make the set with `make_refshapes`.")
 
 # %% ../nbs/train/23b_cases.ipynb #bdab668a
-CASES = "barleria_nb cases, version 1"
+CASES = "barleria_nb cases, version 1" # format of the file of cases
 BINS = 20 # of the IoU; bin k holds k / BINS < IoU ≤ (k + 1) / BINS, and the first one also 0
 
 
@@ -140,7 +141,7 @@ def answer_cases(
     split:str="val", # a split
     tell=None, # function called with a line of text after each configuration
 )->dict: # for `write_cases`
-    "Let the chosen run of each configuration answer every sentence of a split; keep counts over all of them, and the masks of the chosen cases."
+    "Let the chosen run of each configuration answer every sentence of a split; keep counts over all of them, and the masks of the chosen cases. A `BarleriaError` when a run no longer scores what its file says."
     whole = RefSet.read(folder)
     runs, data = chosen_runs(out, data_name(whole), names), whole.split(split)
     refs, answers = sorted(data, key=lambda r: (r.image_id, r.ref_id)), {}
