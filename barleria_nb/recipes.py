@@ -377,14 +377,14 @@ def overview_table(
     ledger, # of `LedgerRow`
     runs, # from `read_bench`
 )->str: # a line per method of a paper
-    "Published with ViT-B on RefCOCO's val split; measured here, on the same; and measured here with tiny towers on RefShapes' val split, mean ± standard deviation over seeds. mIoU in per cent."
-    here, lines = summaries(runs, "refshapes"), [("method", "paper", "published", "here", "here, tiny", "seeds")]
+    "Published with ViT-B on RefCOCO's val split; measured here, on the same; and measured here with tiny towers on RefShapes' val split, mean ± standard deviation over seeds. mIoU in per cent; rows of different towers are not to be compared."
+    here, lines = summaries(runs, "refshapes"), [("method", "paper", "published", "here", "here, tiny", "towers", "seeds")]
     found = {(r.paper, r.configuration): r for r in ledger if (r.paper, r.table) in SHOWN and (r.dataset, r.split, r.metric) == ("refcoco", "val", "mIoU")}
     for (paper, name), r in found.items():
         method, _, towers = name.rpartition("-")
         small = here.get(f"{method}-{SMALL[towers]}")
         done = small.values().values() if small and small.rows[0]["whole"] else []
-        lines.append((method, paper, f"{r.published:.1f}", r.measured or "not yet run", spread_of(done) if done else "not yet run", str(len(done) or "")))
+        lines.append((method, paper, f"{r.published:.1f}", r.measured or "not yet run", spread_of(done) if done else "not yet run", SMALL[towers], str(len(done) or "")))
     return _lines(lines)
 
 # %% ../nbs/train/24_refcoco.ipynb #a996a1b2

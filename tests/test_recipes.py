@@ -331,7 +331,7 @@ def test_overview_puts_only_finished_methods_beside_the_papers():
     ledger = [replace(r, measured="71.9") if (r.configuration, r.split, r.metric, r.table) == ("barleria-b16", "val", "mIoU", 5) and r.dataset == "refcoco" else r for r in read_ledger()]
     table = module.overview_table(ledger, [run("barleria-tiny", 0, .5), run("barleria-tiny", 1, .6), run("dcris-tinydino", 0, .4), run("snf-tiny", 0, .3, whole=False)])
     rows = {tuple(l.split()[:2]): " ".join(l.split()[2:]) for l in table.splitlines()[1:]}
-    assert rows["barleria", "barleria"] == "72.4 71.9 55.0 ± 7.1 2"
-    assert rows["dcris", "dcris"] == "76.4 not yet run 40.0 1"
-    assert rows["snf", "barleria"] == "70.8 not yet run not yet run"
+    assert rows["barleria", "barleria"] == "72.4 71.9 55.0 ± 7.1 tiny 2"
+    assert rows["dcris", "dcris"] == "76.4 not yet run 40.0 tinydino 1"
+    assert rows["snf", "barleria"] == "70.8 not yet run not yet run tiny"
     assert len(rows) == len(table.splitlines()) - 1  # a line per method and paper
