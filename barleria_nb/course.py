@@ -9,7 +9,7 @@ __all__ = ['YOURS', 'KEPT', 'MARK', 'SETTINGS', 'PAGE', 'Cut', 'cut_body', 'cuts
 
 # %% ../nbs/19_course.ipynb #31063b0c
 # Imports cli alone at start. Writes the students' folder, runs notebooks in processes of their own.
-import ast, copy, json, os, re, subprocess, sys, tempfile
+import ast, copy, json, os, re, signal, subprocess, sys, tempfile
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -154,7 +154,7 @@ Write them. The exercise is stated above such a cell, or the formula is; name an
 
 - Put all that an answer needs, helper functions and imports too, into the marked cell itself: it is the only one that is marked.
 - Do not delete or move marked cells, and leave the tests as they are: marking takes its own.
-- You need the library and its tools, as its page says (`pip install -e ".[dev]"` in a checkout of it). The library itself is complete, so chapters do not wait for each other.
+- You need the library and its tools: `pip install "barleria_nb[dev] @ git+https://github.com/barleria-nb/barleria_nb"`. The library itself is complete, so chapters do not wait for each other.
 
 Open one with `jupyter lab nbs`. To see how far you are, in this folder:
 
@@ -170,6 +170,20 @@ nbdev_test --path nbs/{first}.ipynb
 """ # a course's first page
 
 # %% ../nbs/19_course.ipynb #2bf8efb6
+def _home(found):
+    "The folder that holds all chapters."
+    return Path(os.path.commonpath([p.resolve().parent for p in found.values()]))
+
+
+def _given(out):
+    "What a folder's `course.json` says of each chapter; a `BarleriaError` if it is damaged."
+    from barleria_nb.core import read_json
+    said = read_json(Path(out) / MARK)
+    chapters = said.get("chapters") if isinstance(said, dict) else None
+    if isinstance(chapters, dict) and all(isinstance(c, dict) and isinstance(c.get("path"), str) and type(c.get("marked")) is int for c in chapters.values()): return chapters
+    raise _wrong(f"{Path(out) / MARK} is damaged; make the copies anew, in another folder.")
+
+# %% ../nbs/19_course.ipynb #c040ce68
 def make_course(
     out, # folder to make; an empty one will do
     names=None, # chapters; None: all
@@ -180,13 +194,15 @@ def make_course(
     from barleria_nb.core import atomic_folder, read_json, write_json
     out, found = Path(out), chapters_in(notebooks)
     wanted = chosen(names, found)
-    home = Path(os.path.commonpath([p.resolve().parent for p in found.values()]))
+    home = _home(found)
     if home in [out.resolve(), *out.resolve().parents]: raise _wrong(f"{out} lies among the chapters themselves; choose another folder.")
-    old = read_json(out / MARK)["chapters"] if (out / MARK).is_file() else None
+    old = _given(out) if (out / MARK).is_file() else None
     if out.exists() and not out.is_dir(): raise _wrong(f"{out} is a file; choose a folder.")
     if out.is_dir() and any(out.iterdir()):
         if old is None: raise _wrong(f"{out} is not empty, and no course was made there; choose another folder.")
         if not force: raise _wrong(f"{out} holds a course already; --force makes chapters anew, and what was written in them is lost.")
+    there, originals = out / "nbs", {p.resolve() for p in found.values()}
+    if there.is_symlink() or any((there / p.relative_to(home)).resolve() in originals for p in originals): raise _wrong(f"{there} leads to another folder, perhaps to the chapters themselves; choose another folder.")
     made = {n: for_students(read_json(found[n]), n) for n in wanted}
     new = {n: dict(path=found[n].resolve().relative_to(home).as_posix(), marked=sum(map(is_solution, made[n]["cells"]))) for n in wanted}
     all_ = dict(sorted(((old or {}) | new).items()))
@@ -200,12 +216,19 @@ def make_course(
     return {n: c["marked"] for n, c in new.items()}
 
 # %% ../nbs/19_course.ipynb #f0b26389
+def _is_notebook(nb):
+    "Whether the parts that marking reads have the shape of a notebook's."
+    def text(s): return isinstance(s, str) or isinstance(s, list) and all(isinstance(l, str) for l in s)
+    def cell(c): return isinstance(c, dict) and text(c.get("source", "")) and isinstance(c.get("id", ""), str)
+    return isinstance(nb, dict) and isinstance(nb.get("cells"), list) and all(map(cell, nb["cells"]))
+
+# %% ../nbs/19_course.ipynb #1dc10cc2
 def with_answers(
     chapter:dict, # the original
     handed:dict, # a student's copy of it
 )->tuple[dict, int]: # the original with the student's marked cells, and how many of them were worked on
     "Put a student's answers into the original chapter."
-    blank, theirs = for_students(chapter), {c.get("id"): source(c) for c in handed.get("cells", ()) if c.get("cell_type") == "code"}
+    blank, theirs = for_students(chapter), {c.get("id"): source(c) for c in handed["cells"] if c.get("cell_type") == "code" and source(c).strip()}
     cells = [c for c in blank["cells"] if is_solution(c)]
     worked = sum(theirs.get(c["id"], source(c)).strip() != source(c).strip() for c in cells)
     for c in cells: c["source"] = theirs.get(c["id"], source(c))
@@ -228,28 +251,40 @@ def run_chapter(
     "Run a notebook's tests in a process of its own."
     path = Path(path).resolve()
     code = "import sys; from nbdev.test import nbdev_test; nbdev_test(path=sys.argv[1])"
-    try: done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=path.parent, capture_output=True, encoding="utf-8", errors="replace", timeout=seconds)
-    except subprocess.TimeoutExpired: return f"no end after {seconds:.0f} s"
-    if done.returncode == 0 and "Success." in done.stdout: return ""
-    if "No module named 'nbdev'" in done.stderr: raise _wrong("marking needs nbdev; install the library with its tools: pip install -e \".[dev]\" in its checkout.")
-    cell = re.search(r"While Executing Cell #(\d+)", done.stderr)
-    lines = [l for l in done.stderr.split("nbdev Tests Failed")[0].splitlines() if re.match(r"[A-Za-z_.]+(Error|Exception|Interrupt|Exit)?\b(:|$)", l)]
-    return f"cell {cell[1]}: {lines[-1][:160]}" if cell and lines else (done.stderr.strip().splitlines() or ["no word"])[-1][:160]
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err: # a pipe would stay open as long as any child that an answer leaves behind
+        run = subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=path.parent, stdout=out, stderr=err, start_new_session=True)
+        try: failed = run.wait(seconds)
+        except subprocess.TimeoutExpired: return f"no end after {seconds:.0f} s"
+        finally:
+            try: os.killpg(run.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError): pass # nothing is left
+            run.wait()
+        said, errors = [(f.seek(0), f.read().decode("utf-8", "replace"))[1] for f in (out, err)]
+    if not failed and "Success." in said: return ""
+    if "No module named 'nbdev'" in errors: raise _wrong("marking needs nbdev; install the library with its tools: pip install -e \".[dev]\" in its checkout.")
+    cell = re.search(r"While Executing Cell #(\d+)", errors)
+    lines = [l for l in errors.split("nbdev Tests Failed")[0].splitlines() if re.match(r"[A-Za-z_.]+(Error|Exception|Interrupt|Exit)?\b(:|$)", l)]
+    return f"cell {cell[1]}: {lines[-1][:160]}" if cell and lines else (errors.strip().splitlines() or ["no word"])[-1][:160]
 
 
 def graded(
     out, # folder made by `make_course`, filled in
     names=None, # chapters; None: all that the folder was made with and that have something to write
     notebooks=None, # folder of the originals; None: those of this library
-): # yields a `Mark` for each chapter; a `BarleriaError` if the folder was not made by `make_course`
+): # yields a `Mark` for each chapter, also for one that is missing or no notebook; a `BarleriaError` if the folder was not made by `make_course`
     "Mark a student's folder with the tests of the originals. This runs what the student wrote."
     from barleria_nb.core import read_json, write_json
     if not (Path(out) / MARK).is_file(): raise _wrong(f"no course was made in {out}: it has no {MARK}; name the student's folder.")
-    given, found = read_json(Path(out) / MARK)["chapters"], chapters_in(notebooks)
-    for n in chosen(names, {n: c for n, c in given.items() if c["marked"] or n in (names or ())}):
-        chapter = read_json(found[chosen([n], found)[0]])
-        total, path = sum(map(is_solution, chapter["cells"])), Path(out) / "nbs" / given[n]["path"]
-        try: handed = read_json(path)
+    given, found = _given(out), chapters_in(notebooks)
+    home, there = _home(found), Path(out).resolve() / "nbs"
+    for n in chosen(names or given, found) if names or given else ():
+        chapter = read_json(found[n])
+        total, path = sum(map(is_solution, chapter["cells"])), there / found[n].resolve().relative_to(home)
+        if not (total or names): continue
+        try:
+            if there not in path.resolve().parents: raise _wrong(f"{path} leads out of the folder; hand in the file itself.")
+            if not path.exists(): raise _wrong("not handed in")
+            if not _is_notebook(handed := read_json(path)): raise _wrong(f"{path} is no notebook; hand it in anew.")
         except ValueError as e: yield Mark(n, total, 0, False, str(e)); continue
         filled, worked = with_answers(chapter, handed)
         with tempfile.TemporaryDirectory() as folder:
@@ -279,4 +314,4 @@ def barleria_course(
             results.append(m)
             print(_plain(f"{'passed' if m.passed else 'FAILED':8}{m.chapter:20}{m.worked} of {m.marked} written  {m.said}"), flush=True)
         print(f"{sum(m.passed for m in results)} of {len(results)} chapters passed")
-        if not all(m.passed for m in results): raise SystemExit(1)
+        if not results or not all(m.passed for m in results): raise SystemExit(1)

@@ -2,8 +2,10 @@
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,13 +193,79 @@ def test_marking_takes_the_answers_and_no_tests(handed):
     (out / "nbs" / "01_disc.ipynb").write_text("{")
     assert not mark().passed and "not JSON" in mark().said
     (out / "nbs" / "01_disc.ipynb").unlink()
-    assert "check the path" in mark().said
+    assert mark()[1:] == (2, 0, False, "not handed in")
 
 
 def test_an_answer_that_does_not_end(tmp_path):
     (tmp_path / "settings.ini").write_text(course.SETTINGS)
     (tmp_path / "x.ipynb").write_text(json.dumps(notebook("while True: pass")))
     assert "no end after" in run_chapter(tmp_path / "x.ipynb", seconds=5)
+
+
+def test_a_child_left_behind_fails_nothing_and_is_ended(tmp_path):
+    (tmp_path / "settings.ini").write_text(course.SETTINGS)
+    (tmp_path / "x.ipynb").write_text(json.dumps(notebook("import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\npathlib.Path('pid').write_text(str(child.pid))")))
+    assert run_chapter(tmp_path / "x.ipynb", seconds=60) == ""
+    stat = Path("/proc") / (tmp_path / "pid").read_text() / "stat"
+    for _ in range(50):
+        if not stat.exists() or stat.read_text().split()[2] == "Z": break
+        time.sleep(.1)
+    else: raise AssertionError("the child lives on")
+
+
+def test_marking_trusts_the_originals_alone(handed, tmp_path, monkeypatch, capsys):
+    out, originals = handed
+    monkeypatch.setattr(course, "run_chapter", lambda path: "")
+    hand_in(out, RIGHT)
+    said = json.loads((out / MARK).read_text())
+    (tmp_path / "elsewhere.ipynb").write_text(json.dumps(TINY))
+    said["chapters"]["01_disc"] = dict(path="../../elsewhere.ipynb", marked=0)
+    (out / MARK).write_text(json.dumps(said))
+    assert list(graded(out, None, originals)) == [("01_disc", 2, 2, True, "")]
+    (out / "nbs" / "01_disc.ipynb").unlink()
+    (out / "nbs" / "01_disc.ipynb").symlink_to(tmp_path / "elsewhere.ipynb")
+    assert "leads out of the folder" in next(graded(out, None, originals)).said
+    del said["chapters"]["01_disc"]
+    (out / "nbs" / "01_disc.ipynb").unlink()
+    (out / MARK).write_text(json.dumps(said))
+    assert list(graded(out, ["01_disc"], originals)) == [("01_disc", 2, 0, False, "not handed in")]
+    with pytest.raises(SystemExit) as e: course.barleria_course.__wrapped__(str(out), notebooks=str(originals), grade=True)
+    assert e.value.code == 1 and "0 of 0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bad", ["{}", "[]", "3", '{"chapters": null}', '{"chapters": [1]}', '{"chapters": {"01_disc": 1}}', '{"chapters": {"01_disc": {"path": 1, "marked": 2}}}', '{"chapters": {"01_disc": {"path": "x"}}}'])
+def test_a_damaged_course(handed, bad):
+    out, originals = handed
+    (out / MARK).write_text(bad)
+    line(lambda: list(graded(out, None, originals)), "is damaged; make the copies anew")
+    for force in (False, True): line(lambda: make_course(out, None, originals, force), "is damaged; make the copies anew")
+
+
+@pytest.mark.parametrize("bad", [[1, 2], {}, dict(cells=None), dict(cells=[1]), *(dict(cells=[dict(cell_type="code", id="c2", source="x") | wrong]) for wrong in (dict(source=None), dict(source=[1, 2]), dict(source=3), dict(id=["a"])))])
+def test_what_is_no_notebook_fails_alone(tmp_path, monkeypatch, bad):
+    monkeypatch.setattr(course, "run_chapter", lambda path: "")
+    (originals := tmp_path / "originals").mkdir()
+    for n in ("01_disc", "02_disc"): (originals / f"{n}.ipynb").write_text(json.dumps(TINY))
+    make_course(tmp_path / "out", None, originals)
+    (tmp_path / "out" / "nbs" / "01_disc.ipynb").write_text(json.dumps(bad))
+    first, second = graded(tmp_path / "out", None, originals)
+    assert first[:4] == ("01_disc", 2, 0, False) and "is no notebook" in first.said and second.passed
+
+
+@pytest.mark.parametrize("link", ["nbs", "nbs/train", "nbs/01_disc.ipynb"])
+def test_a_link_to_the_originals_is_not_written_through(handed, link):
+    out, originals = handed
+    before, there = tree(originals), out / link
+    shutil.rmtree(there) if there.is_dir() else there.unlink()
+    there.symlink_to(originals / Path(link).relative_to("nbs"))
+    line(lambda: make_course(out, None, originals, force=True), "leads to another folder")
+    assert tree(originals) == before
+
+
+def test_an_emptied_cell_is_blank():
+    theirs = for_students(TINY)
+    theirs["cells"][1]["source"], theirs["cells"][3]["source"] = " \n", []
+    assert with_answers(TINY, theirs) == (for_students(TINY), 0)
 
 
 def test_answers_are_put_back_by_id():
