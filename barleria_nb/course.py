@@ -17,6 +17,7 @@ from typing import NamedTuple
 from fastcore.script import Param, call_parse
 
 import barleria_nb
+from ._modidx import d
 from .cli import _plain, told
 
 # %% ../nbs/19_course.ipynb #363ccd69
@@ -154,7 +155,7 @@ Write them. The exercise is stated above such a cell, or the formula is; name an
 
 - Put all that an answer needs, helper functions and imports too, into the marked cell itself: it is the only one that is marked.
 - Do not delete or move marked cells, and leave the tests as they are: marking takes its own.
-- You need the library and its tools: `pip install "barleria_nb[dev] @ git+https://github.com/barleria-nb/barleria_nb"`. The library itself is complete, so chapters do not wait for each other.
+- You need the library and its tools: `pip install "barleria_nb[dev] @ git+{home}"`. The library itself is complete, so chapters do not wait for each other.
 
 Open one with `jupyter lab nbs`. To see how far you are, in this folder:
 
@@ -211,7 +212,7 @@ def make_course(
     with atomic_folder(out) as part:
         for n in wanted: write_json(part / "nbs" / new[n]["path"], made[n])
         (part / "settings.ini").write_text(SETTINGS, encoding="utf-8")
-        (part / "README.md").write_text(PAGE.format(first=first.removesuffix(".ipynb"), rows=rows), encoding="utf-8")
+        (part / "README.md").write_text(PAGE.format(first=first.removesuffix(".ipynb"), rows=rows, home=d["settings"]["git_url"]), encoding="utf-8")
         write_json(part / MARK, dict(version=barleria_nb.__version__, chapters=all_))
     return {n: c["marked"] for n, c in new.items()}
 
