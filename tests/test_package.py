@@ -149,7 +149,8 @@ def test_modules_say_what_they_touch():
         said = re.search(r"^# (Imports .*)", text, re.M)
         assert said, path.name
         names = set(re.split(r", | and ", re.match(r"Imports (.*?)(?: alone)?(?: at start.*?)?\. ", said[1])[1]))
-        used = {line.module for line in ast.parse(text).body if isinstance(line, ast.ImportFrom) and line.level and not line.module.startswith("_")}
+        lines = [line for line in ast.parse(text).body if isinstance(line, ast.ImportFrom) and line.level]
+        used = {n for line in lines for n in ([line.module] if line.module else [a.name for a in line.names]) if not n.startswith("_")}
         named = all((ROOT / "barleria_nb" / f"{n}.py").exists() for n in names)
         if named: assert names == used, path.name
         if names == {"no sibling"}: assert not used, path.name
