@@ -67,7 +67,7 @@ def _some(pairs):
 def mean_iou(
     pairs, # of whole numbers (I, U), one pair per sentence
 )->float: # in [0, 1]
-    "mIoU: the mean of the sentences' IoUs (source: the released code of BarLeRIa and DCRIS, which calls it IoU); a `BarleriaError` when there are none, or numbers that cannot be."
+    "mIoU: the mean of the sentences' IoUs (source: the released code of BarLeRIa and DETRIS, which call it IoU); a `BarleriaError` when there are none, or numbers that cannot be."
     pairs = _some(pairs)
     return math.fsum(iou(I, U) for I, U in pairs) / len(pairs)
 
