@@ -41,6 +41,8 @@ def test_citation():
     said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (said["cff-version"], said["type"], said["license"]) == ("1.2.0", "software", "Apache-2.0")
     assert (said["version"], said["repository-code"]) == (SETTINGS["version"], SETTINGS["git_url"])
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"git clone {SETTINGS['git_url']} " in readme and f"git+{SETTINGS['git_url']}`" in readme
     assert [a["name"] for a in said["authors"]] == [SETTINGS["author"]]
     papers = said["references"]
     assert [p["title"].split(":")[0] for p in papers] == ["BarLeRIa", "Enhancing Fine-grained Multi-modal Alignment via Adapters"]
