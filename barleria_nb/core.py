@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['REMEDY', 'BarleriaError', 'near', 'set_seed', 'stable_hash', 'freeze', 'count', 'trainable', 'Traced', 'ShapeTable',
            'shape_trace', 'show_image', 'show_mask', 'show_grid', 'pick_device', 'can_onednn', 'onednn', 'atomic',
-           'atomic_folder', 'fresh_folder', 'write_json', 'read_json', 'asset']
+           'atomic_folder', 'write_json', 'read_json', 'asset']
 
 # %% ../nbs/00_core.ipynb #a327c857
-# Imports no sibling. Writes only where `atomic`, `atomic_folder`, `fresh_folder` or `write_json` is asked to; `set_seed` and `onednn` change the whole process.
+# Imports no sibling. Writes only where `atomic`, `atomic_folder` or `write_json` is asked to; `set_seed` and `onednn` change the whole process.
 import difflib, errno, hashlib, json, math, os, platform, random, shutil, threading
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from dataclasses import fields, is_dataclass
 from importlib import resources
@@ -168,17 +169,19 @@ def show_mask(
 def show_grid(
     images, # pictures as in `show_image`
     masks=None, # a mask, or None, for each
-    titles=None, # a line for each
+    titles=None, # a line, or None, for each
     cols:int=4, # pictures in a row
     size:float=2.2, # inches for each
 ):
-    "Draw pictures, with their masks, in rows."
+    "Draw pictures, with their masks, in rows; a `BarleriaError` when there is no picture, or a mask or a title too few."
     images = list(images)
+    there = dict(pictures=len(images)) | {k: len(v) for k, v in dict(masks=masks, titles=titles).items() if v is not None}
+    if not images or min(there.values()) < len(images): raise BarleriaError(f"a grid of {', '.join(f'{n} {k}' for k, n in there.items())} cannot be drawn; give a picture or more, and a mask and a title, or None, for each.")
     rows, cols = math.ceil(len(images) / cols), min(cols, len(images))
     axes = plt.subplots(rows, cols, figsize=(size * cols, size * rows), squeeze=False, layout="constrained")[1].ravel()
     for ax in axes: ax.set_axis_off()
     for k, (ax, image) in enumerate(zip(axes, images)):
-        title, mask = titles[k] if titles else None, masks[k] if masks is not None else None
+        title, mask = titles[k] if titles is not None else None, masks[k] if masks is not None else None
         show_image(image, ax, title) if mask is None else show_mask(image, mask, ax, title)
 
 # %% ../nbs/00_core.ipynb #8fa933ca
@@ -255,70 +258,95 @@ REMEDY = {
     errno.EPERM: "you may not write there; change the permissions or write elsewhere",
     errno.EISDIR: "it is a folder; give the name of a file",
     errno.ENOTDIR: "a part of the path is a file, not a folder; check the path",
-    errno.ENOENT: "nothing was written to it; write to the path that `atomic` gives",
+    errno.EEXIST: "a part of the path is a file, not a folder; check the path",
 } # what an operating system's error number means, and the remedy
 
 # %% ../nbs/00_core.ipynb #c5cbf53f
+def _unwritten(path, part, e):
+    "The `BarleriaError` for what the system reports while `part` is to become `path`: the remedy, or the other file that it is about."
+    path, at = Path(path), Path(os.path.abspath(e.filename if isinstance(e.filename, str) else part))
+    ours = at.is_relative_to(part) or part.is_relative_to(at) or at == Path(os.path.abspath(path)) # also a folder on the way to it
+    return BarleriaError(f"{path} was not written: " + (f"{REMEDY.get(e.errno, e.strerror or e)}." if ours else f"{e.strerror or e} ({e.filename}); check that path."))
+
+
+def _to_disk(file):
+    "Ask the system to put the bytes of a file on the disk, unless they were there before: a hard link."
+    if os.stat(file).st_nlink > 1: return
+    with open(file, "rb+") as f: os.fsync(f.fileno())
+
+# %% ../nbs/00_core.ipynb #b8499edf
 @contextmanager
 def atomic(
     path, # the file to write; missing folders are made
 ):
     "Yield a temporary path beside `path`, and move it onto `path` when the block ends well; else `path` stays as it was, and a `BarleriaError` tells what the system reports."
     path = Path(path)
-    part = path.parent / f".{path.stem[:40]}-{uuid4().hex[:8]}{path.suffix}"
+    part = Path(os.path.abspath(path.parent)) / f".{path.stem[:40]}-{uuid4().hex[:8]}{path.suffix}"
     try:
         if path.is_dir(): raise OSError(errno.EISDIR, "is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
+        part.parent.mkdir(parents=True, exist_ok=True)
         yield part
-        with open(part, "rb+") as f: os.fsync(f.fileno())
+        if not part.exists(): raise BarleriaError(f"{path} was not written: nothing was written to it; write to the path that `atomic` gives.")
+        _to_disk(part)
         os.replace(part, path)
-    except OSError as e:
-        raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
+    except OSError as e: raise _unwritten(path, part, e) from e
     finally:
         if part.exists(): part.unlink()
 
 # %% ../nbs/00_core.ipynb #91347eb5
+def _keep(file, to):
+    "Keep a file under a second name; as a copy where there are no hard links."
+    try: os.link(file, to)
+    except OSError: shutil.copy2(file, to)
+
+
+def _settle(part, home):
+    "Move what lies in `part` into the folder `home`, the largest file last; when something cannot be moved, `home` is as it was."
+    inside, kept = sorted(part.rglob("*")), part / part.name
+    files = sorted((f for f in inside if f.is_file()), key=lambda f: f.stat().st_size)
+    kept.mkdir()
+    with ExitStack() as undo:
+        for to in (home / d.relative_to(part) for d in inside if d.is_dir()):
+            if to.is_dir(): continue
+            to.mkdir()
+            undo.callback(to.rmdir)
+        for n, f in enumerate(files):
+            to, old = home / f.relative_to(part), kept / str(n)
+            if os.path.lexists(to):
+                _keep(to, old)
+                undo.callback(os.replace, old, to)
+            else: undo.callback(to.unlink, missing_ok=True)
+            os.replace(f, to)
+        undo.pop_all() # all is well: nothing to undo
+
+# %% ../nbs/00_core.ipynb #e2f919dd
 @contextmanager
 def atomic_folder(
     path, # the folder to write; missing parents are made
+    fresh:bool=False, # only a folder that is missing or empty will do; False: in one that is there, files of the same names are replaced and others stay
 ):
-    """Yield a new folder beside `path`. When the block ends well it takes that place or, where there is a folder, its files take theirs in it, the largest last;
-    else `path` stays as it was, and a `BarleriaError` tells what the system reports."""
+    """Yield a new folder beside `path`. When the block ends well it takes that place or, where there is a folder, its files take theirs in it, all of them or none;
+    else `path` stays as it was, and a `BarleriaError` tells what the system reports. One at the start where `path` is a file or, if `fresh`, not empty or the folder you are in."""
     path = Path(path)
-    home = Path(os.path.abspath(path))
-    part = home.parent / f".{home.name[:40]}-{uuid4().hex[:8]}"
+    home = Path(os.path.realpath(path))
+    part, made = home.parent / f".{home.name[:40]}-{uuid4().hex[:8]}", [p for p in home.parents if not p.exists()]
     try:
         if home.exists() and not home.is_dir(): raise BarleriaError(f"{path} is a file; choose a folder.")
+        if fresh and home.is_dir() and any(home.iterdir()): raise BarleriaError(f"{path} is not empty; choose another folder, or remove what it holds.")
+        if fresh and home == Path.cwd(): raise BarleriaError(f"{path} is the folder you are in; choose a new one.")
         part.mkdir(parents=True)
         yield part
-        files = sorted((f for f in part.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
-        for f in files:
-            with open(f, "rb+") as file: os.fsync(file.fileno())
-        if not home.exists(): os.replace(part, home)
-        else:
-            for f in files:
-                (to := home / f.relative_to(part)).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(f, to)
-    except BarleriaError as e: raise BarleriaError(str(e).replace(str(part), str(path))) from e
-    except OSError as e: raise BarleriaError(f"{path} was not written: {REMEDY.get(e.errno, e.strerror or e)}.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
-
-# %% ../nbs/00_core.ipynb #7f0a0d59
-@contextmanager
-def fresh_folder(
-    path, # the folder to make, which is missing or empty; missing parents are made
-):
-    """Yield a new folder beside `path` that takes its place when the block ends well, and vanishes otherwise;
-    a `BarleriaError` tells what the system reports, such as a folder that is not empty."""
-    path = Path(path)
-    part = path.absolute().with_name(f".{path.absolute().name}-{uuid4().hex[:8]}")
-    try:
-        part.mkdir(parents=True)
-        yield part
-        if path.exists(): path.rmdir()
-        part.replace(path)
-    except OSError as e: raise BarleriaError(f"{path} was not made: {REMEDY.get(e.errno, e.strerror or e)}.") from e
-    finally: shutil.rmtree(part, ignore_errors=True)
+        with ThreadPoolExecutor(16) as pool: list(pool.map(_to_disk, (f for f in part.rglob("*") if f.is_file()))) # the disk takes many together far sooner than one by one
+        if home.is_dir() and not fresh: _settle(part, home)
+        else: os.replace(part, home)
+    except BarleriaError as e:
+        if str(part) not in str(e): raise
+        raise BarleriaError(str(e).replace(str(part), str(path))) from e
+    except OSError as e: raise _unwritten(path, part, e) from e
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        with suppress(OSError): # one that is not empty stays, and so do those above it
+            for p in made: p.rmdir()
 
 # %% ../nbs/00_core.ipynb #9b363ed7
 def write_json(

@@ -208,11 +208,12 @@ def spoken(
 
 
 class Pieces:
-    "Sentences to CLIP's word pieces, from the list of pairs alone."
+    "Sentences to CLIP's word pieces, from the list of pairs alone. A `BarleriaError` when the list cannot be read."
     def __init__(self,
         path, # text file: a line of notes, then a pair per line, the one to join first on top
     ):
-        stored = Path(path).read_bytes()
+        try: stored = Path(path).read_bytes()
+        except OSError as e: raise BarleriaError(f"{path} cannot be read ({e.strerror}); give the folder that barleria_export wrote.") from e
         pairs = [tuple(line.split(" ")) for line in stored.decode(errors="replace").split("\n")[1:] if line]
         self.digest = hashlib.sha256(stored).hexdigest()
         self.letters, self.rank = letters(), {pair: n for n, pair in enumerate(pairs)}
@@ -305,8 +306,11 @@ class Segmenter:
     ):
         folder = Path(folder or Path(__file__).parent)
         self.session = opened_graph(folder/"model.onnx")
-        self.about = json.loads(self.session.get_modelmeta().custom_metadata_map.get("barleria", "{}"))
-        if self.about.get("format") != KIND: raise BarleriaError(f"{folder/'model.onnx'} was not made by barleria_export; give the folder that it wrote.")
+        try: self.about = json.loads(self.session.get_modelmeta().custom_metadata_map.get("barleria", "{}"))
+        except (RecursionError, ValueError): self.about = None
+        kinds = dict(format=str, size=int, words=int, threshold=float, border=list, pieces=str) # of the notes that are used here
+        if not isinstance(self.about, dict) or not all(isinstance(self.about.get(k), t) for k, t in kinds.items()) or self.about["format"] != KIND:
+            raise BarleriaError(f"{folder/'model.onnx'} was not made by barleria_export; give the folder that it wrote.")
         self.pieces, self.threshold = Pieces(folder/"words.txt"), self.about["threshold"]
         if self.pieces.digest != self.about["pieces"]: raise BarleriaError(f"{folder/'words.txt'} is not the list that was written beside model.onnx; take that one, or export the model again.")
 
@@ -360,14 +364,12 @@ class Exported(NamedTuple):
 
 def export_onnx(
     model:RISModel, # from `load_tuned` or `build_model`; stays as it is
-    out, # folder to write: new, or empty
+    out, # folder to write: new, or empty, and not the one you are in
 )->Exported: # a `BarleriaError` when something in the model cannot be exported, the file does not say what the model says, or cannot be written; then nothing is left
     "Write model.onnx, words.txt and segment.py: the model for those who have no PyTorch. A `BarleriaError` when the folder is not empty, or is the one you are in."
     _needs("onnx", "onnxscript", "onnxruntime")
     whole = served(model)
-    with atomic_folder(out) as part: # the graph is of no use without the word pieces
-        if Path(out).is_dir() and any(Path(out).iterdir()): raise BarleriaError(f"{out} is not empty; choose a new folder, or remove what it holds.")
-        if Path(out).resolve() == Path.cwd(): raise BarleriaError(f"{out} is the folder you are in; choose a new one.")
+    with atomic_folder(out, fresh=True) as part: # the graph is of no use without the word pieces
         write_pieces(part/"words.txt")
         (part/"segment.py").write_text(script(), encoding="utf-8")
         _write_graph(whole, part/"model.onnx", Pieces(part/"words.txt").digest)

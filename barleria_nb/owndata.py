@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco
 
-from .core import BarleriaError, fresh_folder, near, read_json, stable_hash, write_json
-from .data import FORMATS, MAX_PIXELS, RefSet, _index, _inside, _pieces, _polygons, _Reader, _rle, _whole, read_image
+from .core import BarleriaError, atomic_folder, near, read_json, stable_hash, write_json
+from .data import FORMATS, MAX_PIXELS, RefSet, _check_words, _index, _inside, _pieces, _polygons, _Reader, _rle, _whole, read_image
 
 # %% ../nbs/01c_own_data.ipynb #752be6b8
 COLUMNS = ("image", "sentence", "mask", "polygon", "rle", "split", "ref", "category", "ann_id") # what is read of a table
@@ -154,7 +154,7 @@ def _sentence(row):
     text = " ".join(value.split())
     if len(text) > MAX_SENTENCE: raise BarleriaError(f"its sentence has {len(text):,} characters, over {MAX_SENTENCE:,}; shorten it.")
     if re.search("[\x00-\x1f\x7f-\x9f\ud800-\udfff]", text): raise BarleriaError("its sentence holds a character that is no text; write it again.")
-    if not re.fullmatch(r"[ -%'-~]*[0-9A-Za-z][ -%'-~]*", text): _pieces(text, 17) # only the tokenizer, slow to load, knows whether anything is left of "&nbsp;"
+    _check_words(text)
     return text
 
 # %% ../nbs/01c_own_data.ipynb #87b82806
@@ -370,20 +370,15 @@ def _place(paths, folder, link):
             how["copied"] += 1
     return dict(how)
 
-def _must_be_free(out):
-    if out.is_file() or out.exists() and any(out.iterdir()): raise BarleriaError(f"{out} is there already; choose another folder or remove it.")
-
-def _write(out, new, card, link):
-    "Write a set and its card, whole or not at all."
-    with fresh_folder(out) as part:
-        files = _place(new.paths, part / "images", link)
-        categories = [dict(id=n, name=name) for name, n in new.categories.items()]
-        write_json(part / "instances.json", dict(images=[*new.images.values()], annotations=[*new.annotations.values()], categories=categories), None)
-        write_json(part / "refs.json", [*new.refs.values()], None)
-        back = RefSet.read(part)
-        if back.problems or len(back) != len(new.refs): raise BarleriaError(f"{out} was not made: read back, it has a problem ({(back.problems or ['refs are missing'])[0]}); were files changed meanwhile?")
-        write_json(part / CARD, card | dict(files=files, splits=back.splits))
-    return out
+def _write(folder, new, card, link):
+    "Write a set and its card into an empty folder."
+    files = _place(new.paths, folder / "images", link)
+    categories = [dict(id=n, name=name) for name, n in new.categories.items()]
+    write_json(folder / "instances.json", dict(images=[*new.images.values()], annotations=[*new.annotations.values()], categories=categories), None)
+    write_json(folder / "refs.json", [*new.refs.values()], None)
+    back = RefSet.read(folder)
+    if back.problems or len(back) != len(new.refs): raise BarleriaError(f"{folder} was not made: read back, it has a problem ({(back.problems or ['refs are missing'])[0]}); were files changed meanwhile?")
+    write_json(folder / CARD, card | dict(files=files, splits=back.splits))
 
 # %% ../nbs/01c_own_data.ipynb #d5b71c57
 def from_table(
@@ -394,10 +389,11 @@ def from_table(
     link:bool=False, # hard-link the images, which takes no space but shares the file; False: copy
 )->Path: # the folder, ready for `RefSet.read`
     "Make a data set from a table; a `BarleriaError` names the bad rows."
-    _must_be_free(out := Path(out))
-    new = _Table(images)
-    card = dict(made="table", **_fill(new, table, ("image", "sentence"), skip_bad))
-    return _write(out, new, card, link)
+    with atomic_folder(out, fresh=True) as part:
+        new = _Table(images)
+        card = dict(made="table", **_fill(new, table, ("image", "sentence"), skip_bad))
+        _write(part, new, card, link)
+    return Path(out)
 
 # %% ../nbs/01c_own_data.ipynb #5a40cd5c
 def from_coco(
@@ -409,10 +405,11 @@ def from_coco(
     link:bool=False, # as in `from_table`
 )->Path: # the folder, ready for `RefSet.read`
     "Make a data set from outlines that are there and sentences for some of them; a `BarleriaError` names the bad rows."
-    _must_be_free(out := Path(out))
-    new = _Coco(instances, images)
-    card = dict(made="coco", **_fill(new, table, ("ann_id", "sentence"), skip_bad), unpaintable_neighbours=new.neighbours())
-    return _write(out, new, card, link)
+    with atomic_folder(out, fresh=True) as part:
+        new = _Coco(instances, images)
+        card = dict(made="coco", **_fill(new, table, ("ann_id", "sentence"), skip_bad), unpaintable_neighbours=new.neighbours())
+        _write(part, new, card, link)
+    return Path(out)
 
 # %% ../nbs/01c_own_data.ipynb #f22445f1
 def is_train(
@@ -479,18 +476,8 @@ def _removed(source, refs, held):
     hits = {r.image_id: {kind for kind, _ in set(source.signs(r)) & held} for r in refs}
     return dict(images=sum(map(bool, hits.values())), **{f"by_{k}": sum(k in h for h in hits.values()) for k in ("id", "name", "bytes")}, by_id_alone=sum(h == {"id"} for h in hits.values()))
 
-def mixed(
-    folders, # two or more, each read by `RefSet.read`
-    out, # folder to make; its name gets "-as-published" at the end with `as_published`
-    as_published:bool=False, # keep the train images that some set holds out: a leaky union, and labelled so
-    link:bool=False, # as in `from_table`
-)->Path: # the folder made; its `card.json` holds the counts before and after
-    """Join the train splits of several sets, without any image that one of them holds out. Splits `val` are joined too, to choose an epoch by, without the images of the other held-out splits.
-
-    A `BarleriaError` for fewer than two sets, one without a train split, and when nothing is left."""
-    out = Path(out)
-    if as_published and not out.name.endswith(LEAKY): out = out.absolute().with_name(out.name + LEAKY)
-    _must_be_free(out)
+def _mixture(folders, as_published):
+    "(the set, a row for the card per source and split) of sets that are joined."
     folders = [*folders]
     if len({Path(f).resolve() for f in folders}) < max(2, len(folders)): raise BarleriaError("a mix needs two or more different folders; give each once.")
     seen, rows, new = {}, [], _Mix()
@@ -503,7 +490,23 @@ def mixed(
             rows.append(dict(set=source.data.name, split=split, before=_counted(refs), after=_counted(kept), held_out=_removed(source, refs, held[split]), problems=len(source.data.problems)))
             for r in kept: new.take(source, r, split)
     if not any(r["split"] == "train" for r in new.refs.values()): raise BarleriaError(f"nothing is left to train on: every train image of {len(sources)} sets is held out by one of them; join fewer sets.")
-    return _write(out, new, dict(made="mixed", name=out.name, leaky=as_published, sets=rows), link)
+    return new, rows
+
+def mixed(
+    folders, # two or more, each read by `RefSet.read`
+    out, # folder to make; its name gets "-as-published" at the end with `as_published`
+    as_published:bool=False, # keep the train images that some set holds out: a leaky union, and labelled so
+    link:bool=False, # as in `from_table`
+)->Path: # the folder made; its `card.json` holds the counts before and after
+    """Join the train splits of several sets, without any image that one of them holds out. Splits `val` are joined too, to choose an epoch by, without the images of the other held-out splits.
+
+    A `BarleriaError` for fewer than two sets, one without a train split, and when nothing is left."""
+    out = Path(out)
+    if as_published and not out.name.endswith(LEAKY): out = out.absolute().with_name(out.name + LEAKY)
+    with atomic_folder(out, fresh=True) as part:
+        new, rows = _mixture(folders, as_published)
+        _write(part, new, dict(made="mixed", name=out.name, leaky=as_published, sets=rows), link)
+    return out
 
 def mixed_lines(
     folder, # made by `mixed`

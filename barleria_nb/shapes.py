@@ -19,7 +19,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm.auto import tqdm
 
-from .core import BarleriaError, fresh_folder, near, read_json, write_json
+from .core import BarleriaError, atomic_folder, near, read_json, write_json
 
 # %% ../nbs/02_shapes.ipynb #7590fde4
 VERSION = "refshapes-v1" # a part of every key: another version is another set
@@ -324,6 +324,7 @@ def _is_next(things, k, named, j):
 
 # %% ../nbs/02_shapes.ipynb #709a9568
 _NOUNS = ("one", "thing", "object") # said where the shape is not
+_PATIENCE = 24 # draws until a sentence of one kind is given up
 
 
 def _phrases(thing):
@@ -337,10 +338,10 @@ def _said(named, rng):
     return " ".join([named[k] for k in ("size", "colour") if k in named] + [named.get("shape") or rng.choice(_NOUNS)])
 
 
-def _pick(rng, test, *lists, tries=24):
-    "A random combination from the `lists` that passes the `test`; None when `tries` draws found none."
+def _pick(rng, test, *lists):
+    "A random combination from the `lists` that passes the `test`; None when patience ends."
     if not all(lists): return None
-    for _ in range(tries):
+    for _ in range(_PATIENCE):
         found = [rng.choice(xs) for xs in lists]
         if test(*found): return found
 
@@ -405,6 +406,7 @@ VOCABULARY = (*COLOURS, *SHAPES, *SIZES, "one", "thing", "object", "a", "the", "
 _FORMS = {"refshapes": ((_plain_sentence, .3), (_side_sentence, .5), (_most_sentence, .2)),
           "refshapes+": ((_plain_sentence, .45), (_most_sentence, .25), (_next_sentence, .3)),
           "refshapesg": ((_related_sentence, .7), (_next_sentence, .2), (_plain_sentence, .1))}
+_MOST = 3 # sentences about a thing, and things spoken of in a scene
 
 
 def sentences_for(
@@ -412,15 +414,14 @@ def sentences_for(
     k:int, # the one to speak of
     flavour:str, # one of FLAVOURS
     rng:Draws, # where the draws come from
-    most:int=3, # how many sentences at most
-)->list[str]: # different ones; none where the grammar has nothing to say
+)->list[str]: # up to three different ones; none where the grammar has nothing to say
     "Write sentences of a flavour that mean thing `k` and no other."
     forms, weights = zip(*_FORMS[flavour.removesuffix("-google")])
     found = []
-    for _ in range(4 * most):
+    for _ in range(4 * _MOST):
         s = rng.choice(forms, weights)(things, k, rng)
         if s and s not in found: found.append(s)
-        if len(found) == most: break
+        if len(found) == _MOST: break
     return found
 
 # %% ../nbs/02_shapes.ipynb #ba556768
@@ -429,14 +430,14 @@ def _is_easy(things, k):
     return any(_fitting(things, p) == [k] for p in _phrases(things[k]) if len(p) == 1)
 
 
-def _targets(scene, split, flavour, rng, most=3):
+def _targets(scene, split, flavour, rng):
     "Numbers of the things to speak of: the main one, then harder before easier; circles alone in testA, no circle in testB."
     rest = rng.shuffled(i for i in range(len(scene.things)) if i != scene.main)
     rest.sort(key=lambda i: _is_easy(scene.things, i))
     order = [scene.main] + rest
     if flavour in ("refshapes", "refshapes+") and split in ("testA", "testB"):
         order = [i for i in order if (scene.things[i].shape == "circle") == (split == "testA")]
-    return order[:most]
+    return order[:_MOST]
 
 # %% ../nbs/02_shapes.ipynb #6607b7fd
 def _annotation(thing, k, image_id):
@@ -600,9 +601,7 @@ def make_refshapes(
     _known_scenes(flavour, scenes)
     out = Path(out)
     if _holds(out, _card(flavour, scenes)): return out
-    if out.is_file() or out.exists() and any(out.iterdir()):
-        raise BarleriaError(f"{out} holds something other than this {flavour}; choose another folder or remove it.")
-    with fresh_folder(out) as part: _draw_folder(part, flavour, scenes, workers, progress)
+    with atomic_folder(out, fresh=True) as part: _draw_folder(part, flavour, scenes, workers, progress)
     return out
 
 # %% ../nbs/02_shapes.ipynb #48af21d1

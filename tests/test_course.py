@@ -202,6 +202,15 @@ def test_an_answer_that_does_not_end(tmp_path):
     assert "no end after" in run_chapter(tmp_path / "x.ipynb", seconds=5)
 
 
+@pytest.mark.parametrize("trick", ["os.write(1, b'Success.\\n'); os._exit(0)", "os.execv(sys.executable, [sys.executable, '-c', 'print(\"Success.\")'])", "os.write(1, b'Success.\\n' + os.read(0, 99)); os._exit(0)",
+    "os.fork() and os._exit(0)", "signal.signal(signal.SIGTERM, lambda *_: (print('Success.', flush=True), os._exit(0))); os.kill(os.getpid(), signal.SIGTERM)"])
+def test_a_success_that_is_only_said(handed, trick):
+    "An answer that leaves before the tests is told so, whatever it printed."
+    out, originals = handed
+    hand_in(out, {"c2": "#| solution\nimport os, signal, sys\n" + trick})
+    assert next(graded(out, None, originals))[1:] == (2, 1, False, "the process ended before its tests did")
+
+
 def test_a_child_left_behind_fails_nothing_and_is_ended(tmp_path):
     (tmp_path / "settings.ini").write_text(course.SETTINGS)
     (tmp_path / "x.ipynb").write_text(json.dumps(notebook("import subprocess, pathlib\nchild = subprocess.Popen(['sleep', '600'])\npathlib.Path('pid').write_text(str(child.pid))")))
@@ -324,7 +333,8 @@ def test_the_central_chapters_are_open_inside():
 def test_teaching_names_what_there_is():
     "Links lead somewhere, exercises named in the table are blanks of that session's chapters, each question has one answer, and the answers' cells hold."
     text = (ROOT / "TEACHING.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)]+)\)", text): assert (ROOT / target).exists(), target
+    headings = {re.sub(r"[^\w\- ]", "", h).lower().replace(" ", "-") for h in re.findall(r"^#+ (.*)", text, re.M)}
+    for target in re.findall(r"\]\(([^)]+)\)", text): assert target[1:] in headings if target[0] == "#" else (ROOT / target).exists(), target
     blanks = {n: set(re.findall(r"(?:def|class) (\w+)|^(\w+) = ", "\n".join(source(c) for c in nb["cells"] if is_solution(c)), re.M)) for n, nb in chapters().items()}
     for row in re.findall(r"^\| \d [^|]*\|([^|]*)\|([^|]*)\|([^|]*)\|$", text, re.M):
         there = {w for n in re.findall(r"/(\w+)\.ipynb", row[0]) for pair in blanks[n] for w in pair if w}

@@ -313,6 +313,31 @@ def test_command_says_what_is_wrong(frozen, what, tmp_path):
     command(there, [there / "photo.png", "the red circle", "mask.png"], said)
 
 
+NOTES = {"a list": lambda a: [a], "a word": lambda a: "barleria", "nothing": lambda a: None, "another kind": lambda a: a | dict(format="other"), **{f"no {k}": (lambda a, k=k: {n: v for n, v in a.items() if n != k}) for k in ("format", "size", "words", "threshold", "border", "pieces")},
+    **{f"{k} of another type": (lambda a, k=k: a | {k: {}}) for k in ("size", "words", "threshold", "border", "pieces")}, "no JSON": lambda a: "{", "too deep": lambda a: "[" * 99_999}
+
+@pytest.mark.parametrize("what", NOTES)
+def test_notes_of_another_kind(frozen, what, tmp_path):
+    "A graph whose notes lack something, or are none, is not ours; in the library and in the script."
+    import onnx
+    shutil.copytree(frozen[1].folder, there := tmp_path / "there")
+    graph = onnx.load(there / "model.onnx")
+    note = next(p for p in graph.metadata_props if p.key == "barleria")
+    changed = NOTES[what](json.loads(note.value))
+    note.value = changed if what in ("no JSON", "too deep") else json.dumps(changed)
+    onnx.save(graph, there / "model.onnx")
+    line(lambda: export.Segmenter(there), "model.onnx was not made by barleria_export", "give the folder")
+    if what == "a list": command(there, [there / "photo.png", "the red circle", "mask.png"], "not made by barleria_export")
+
+
+def test_no_list_of_pieces(frozen, tmp_path):
+    shutil.copytree(frozen[1].folder, there := tmp_path / "there")
+    (there / "words.txt").unlink()
+    line(lambda: export.Segmenter(there), "words.txt cannot be read", "give the folder")
+    (there / "words.txt").mkdir()
+    line(lambda: export.Pieces(there / "words.txt"), "words.txt cannot be read")
+
+
 def command(folder, arguments, said):
     "Run segment.py from elsewhere; it has to refuse in one line."
     done = subprocess.run([sys.executable, folder / "segment.py", *arguments], cwd=folder.parent, capture_output=True, text=True)

@@ -259,7 +259,7 @@ def test_refusals_beside_rows(home, tmp_path):
     line(lambda: from_table(table, home / "nought", tmp_path / "out"), "no folder of images")
     from_table(table, home, tmp_path / "out")
     before = (tmp_path / "out" / "refs.json").read_bytes()
-    line(lambda: from_table(table, home, tmp_path / "out"), "is there already")
+    line(lambda: from_table(table, home, tmp_path / "out"), "is not empty")
     assert (tmp_path / "out" / "refs.json").read_bytes() == before
 
 
@@ -273,7 +273,7 @@ def test_full(home, tmp_path, monkeypatch):
 def test_no_space_leaves_nothing(home, tmp_path, monkeypatch):
     def full(*_, **__): raise OSError(28, "No space left on device")
     monkeypatch.setattr(owndata.shutil, "copyfile", full)
-    line(lambda: from_table(jsonl(tmp_path / "t.jsonl", good()), home, tmp_path / "out"), "was not made", "disk is full")
+    line(lambda: from_table(jsonl(tmp_path / "t.jsonl", good()), home, tmp_path / "out"), "was not written", "disk is full")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "outside.png", "t.jsonl"]
 
 
@@ -376,7 +376,7 @@ def test_mixed_refusals(tmp_path):
     d = small_set(tmp_path / "d", {2: ("y.png", "blue"), 1: ("x.png", "red")}, [(2, "testB", "blue"), (1, "train", "x")])
     line(lambda: mixed([a], tmp_path / "m"), "two or more"), line(lambda: mixed([a, a], tmp_path / "m"), "two or more")
     line(lambda: mixed([a, b], tmp_path / "m"), "no train split"), line(lambda: mixed([c, d], tmp_path / "m"), "nothing is left to train on")
-    line(lambda: mixed([a, tmp_path / "none"], tmp_path / "m"), "none"), line(lambda: mixed([a, c], a), "is there already"), line(lambda: mixed_lines(tmp_path / "a"), "card.json")
+    line(lambda: mixed([a, tmp_path / "none"], tmp_path / "m"), "none"), line(lambda: mixed([a, c], a), "is not empty"), line(lambda: mixed_lines(tmp_path / "a"), "card.json")
     assert not (tmp_path / "m").exists()
 
 

@@ -190,8 +190,8 @@ def test_second_call_reuses(tmp_path, monkeypatch):
     out = draw(tmp_path / "set")
     monkeypatch.setattr(shapes, "_draw_folder", lambda *a: pytest.fail("drawn again"))
     assert draw(str(tmp_path / "set")) == out
-    line(lambda: draw(out, "refshapes+"), out, "something other")
-    line(lambda: draw(out, scenes=dict(val=4)), out, "something other")
+    line(lambda: draw(out, "refshapes+"), out, "is not empty")
+    line(lambda: draw(out, scenes=dict(val=4)), out, "is not empty")
 
 
 def test_other_folders_are_left_alone(tmp_path):
@@ -199,7 +199,7 @@ def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("a file")
     before = contents(tmp_path)
-    for name in ("mine", "file"): line(lambda: draw(tmp_path / name), name, "choose another folder")
+    for name, said in dict(mine="is not empty", file="is a file").items(): line(lambda: draw(tmp_path / name), name, said, "choose a")
     line(lambda: draw(tmp_path / "file" / "below"), "below")
     assert contents(tmp_path) == before
 
