@@ -28,7 +28,7 @@ from PIL import Image
 from pycocotools import mask as coco
 from torch import Tensor
 
-from .backbones import WEIGHTS, fingerprint, hub_place
+from .backbones import WEIGHTS, fingerprint, hub_place, weights_sum
 from .core import BarleriaError, asset, atomic, atomic_folder, count, near, onednn, pick_device, read_json, show_image, show_mask, stable_hash, write_json
 from .data import MAX_PIXELS, Letterbox, RefSet, _rgb, _upright, normalise, read_image, tokenize
 from .metrics import THRESHOLD, counts, iou
@@ -459,10 +459,9 @@ def overlay_rows(
     segment:Segmenter, # answers
     data:RefSet, # gives images and truths
     n:int=8, # how many rows
-    threshold:float=THRESHOLD, # of the probability
 )->list[Row]: # for `overlay_figure`
     "Answer the `chosen` examples of a set."
-    answers = [(ref, segment(data.image(ref), s.text, threshold)[0]) for ref, s in chosen(data, n)]
+    answers = [(ref, segment(data.image(ref), s.text)[0]) for ref, s in chosen(data, n)]
     return [Row(a.image, a.sentence, data.mask(ref), a.mask) for ref, a in answers]
 
 # %% ../nbs/15_inference.ipynb #1f73446e
@@ -640,7 +639,8 @@ def _towers_place(config):
     "Where the towers' numbers come from."
     if not config.pretrained: return "Their numbers are random, the same for everyone."
     parts = {"dino": [config.backbone.replace("detris", "dino"), "b16"]}.get(config.backbone.replace("detris", "dino").split("-")[0], [config.backbone])
-    return "They are fetched when they are needed: " + ", ".join(f"`{'/'.join(hub_place(n))}` at `{WEIGHTS[n]['revision']}`" for n in parts) + "." if parts[0] in WEIGHTS else "Nothing is fetched."
+    if parts[0] not in WEIGHTS: return "Nothing is fetched."
+    return "They are fetched when they are needed: " + "; ".join(f"`{'/'.join(hub_place(n))}` at `{WEIGHTS[n]['revision']}`, SHA-256 {weights_sum(n) or 'not known'}" for n in parts) + "."
 
 
 def _training(config, card):

@@ -249,9 +249,13 @@ def read_ledger(
     path, types, rows = Path(path or asset("reproduction.csv")), {f.name: f.type for f in fields(LedgerRow)}, []
     try: text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e: raise BarleriaError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'not UTF-8'}); give a file that `write_ledger` wrote.") from e
-    for n, line in enumerate(csv.DictReader(io.StringIO(text)), 2):
-        try: rows.append(LedgerRow(**{k: READ[types[k]](v) for k, v in line.items()}))
-        except (KeyError, TypeError, ValueError) as e: raise BarleriaError(f"{path}, line {n}: not a row of the ledger ({str(e)[:100]}); restore the file.") from e
+    lines = csv.DictReader(io.StringIO(text))
+    if lines.fieldnames != list(types): raise BarleriaError(f"{path}, line 1: not the columns of a ledger; restore the file.")
+    for line in lines:
+        try:
+            if None in line or None in line.values(): raise ValueError("it has fewer or more cells than there are columns")
+            rows.append(LedgerRow(**{k: READ[types[k]](v) for k, v in line.items()}))
+        except (KeyError, ValueError) as e: raise BarleriaError(f"{path}, line {lines.line_num}: not a row of the ledger ({str(e)[:100]}); restore the file.") from e
     return rows
 
 
@@ -377,15 +381,22 @@ def overview_table(
     ledger, # of `LedgerRow`
     runs, # from `read_bench`
 )->str: # a line per method of a paper
-    "Published with ViT-B on RefCOCO's val split; measured here, on the same; and measured here with tiny towers on RefShapes' val split, mean ± standard deviation over seeds. mIoU in per cent; rows of different towers are not to be compared."
-    here, lines = summaries(runs, "refshapes"), [("method", "paper", "published", "here", "here, tiny", "towers", "seeds")]
-    found = {(r.paper, r.configuration): r for r in ledger if (r.paper, r.table) in SHOWN and (r.dataset, r.split, r.metric) == ("refcoco", "val", "mIoU")}
-    for (paper, name), r in found.items():
-        method, _, towers = name.rpartition("-")
-        small = here.get(f"{method}-{SMALL[towers]}")
-        done = small.values().values() if small and small.rows[0]["whole"] else []
-        lines.append((method, paper, f"{r.published:.1f}", r.measured or "not yet run", spread_of(done) if done else "not yet run", SMALL[towers], str(len(done) or "")))
+    "Published with ViT-B on RefCOCO's val split; measured here, on the same, if anything was; measured here with tiny towers on RefShapes' val split; differences of these from `frozen`, in pairs. `frozen` and `full` come first, printed by the paper or not. mIoU in per cent, mean ± standard deviation over seeds; rows of different towers are not to be compared."
+    small, papers, lines = {n: s for n, s in summaries(runs, "refshapes").items() if s.rows[0]["whole"]}, {}, [("method", "paper", "published", "here", "here, tiny", "− frozen", "towers", "seeds")]
+    for r in ledger:
+        method, _, towers = r.configuration.rpartition("-")
+        if (r.paper, r.table) in SHOWN and (r.dataset, r.split, r.metric) == ("refcoco", "val", "mIoU"): papers.setdefault((r.paper, SMALL[towers]), dict(frozen=None, full=None))[method] = r
+    for (paper, towers), rows in papers.items():
+        frozen = small.get(f"frozen-{towers}")
+        for method, r in rows.items():
+            s = small.get(f"{method}-{towers}")
+            gain = s.against(frozen) if s and frozen and s is not frozen else []
+            lines.append((method, paper, f"{r.published:.1f}" if r else "–", _per_cent(r.measured) if r else "–", spread_of(s.values().values()) if s else "not yet run", "+" * (sum(gain) > 0) + spread_of(gain).replace("-", "−"), towers, str(len(s.values())) if s else ""))
+    if not any(r and r.measured for rows in papers.values() for r in rows.values()): lines = [l[:3] + l[4:] for l in lines]
     return _lines(lines)
+
+
+def _per_cent(measured): return spread_of([float(v) / 100 for v in measured.split()])
 
 # %% ../nbs/train/24_refcoco.ipynb #a996a1b2
 def reproduce(
@@ -397,17 +408,15 @@ def reproduce(
     pretrained:bool=True, # published weights for the towers
     device="auto", # see `pick_device`
     precision:str="bf16", # as for `train`
-    val_refs:int|None=None, # as for `train`
     workers:int=0, # as for `train`
-    batch:int=64, # sentences at a time, to score
     progress:bool=True, # show bars
 )->tuple: # card of the run; {(set, split): summary}
     "Train a recipe and score it on all its cells; a stopped run goes on, a finished one is only scored. Errors as for `train`."
     data, run = Path(data), Path(out) / (recipe.run + f"-seed{seed}" * (seed > 0))
-    card = train(recipe.config(pretrained), RefSet.read(data / recipe.data), run, seed=seed, device=device, precision=precision, val_refs=val_refs, workers=workers, progress=progress)
+    card = train(recipe.config(pretrained), RefSet.read(data / recipe.data), run, seed=seed, device=device, precision=precision, workers=workers, progress=progress)
     segment = Segmenter.from_pretrained(run, device)
     model, c = segment.model, segment.model.config
-    part = lambda d, s: evaluate(model, RefSet.read(data / d, s), size=c.size, length=c.words, batch=batch, device=next(model.parameters()).device, progress=progress).summary()
+    part = lambda d, s: evaluate(model, RefSet.read(data / d, s), size=c.size, length=c.words, device=next(model.parameters()).device, progress=progress).summary()
     return card, {(d, s): part(d, s) for d, s in recipe.cells}
 
 
@@ -417,11 +426,12 @@ def record(
     card:dict, # the run's, from `reproduce` or its run.json
     scores:dict, # {(set, split): summary}, as fractions
 )->list: # of `LedgerRow`
-    "Enter a run into a ledger, under every figure that it stands for; a seed that is there already is replaced. A `BarleriaError` when the run was of other settings, or is not done."
+    "Enter a run into a ledger, under every figure that it stands for; a seed that is there already is replaced. A `BarleriaError` when the run was of other settings or data, left something out, or is not done."
     settings, wanted = json.loads(json.dumps(card["settings"])), recipe.config()
-    wrong = [f"{k} is {str(settings.get(k))[:60]}, not {str(v)[:60]}" for k, v in _settings(wanted).items() if settings.get(k) != v] + ["the sentences were shuffled"] * bool(settings.get("shuffle_sentences"))
-    if not card.get("done"): wrong.append("it is not done")
-    if LEAKY in str(settings.get("data")): wrong.append("its union holds held-out images")
+    wrong, data = [f"{k} is {str(settings.get(k))[:60]}, not {str(v)[:60]}" for k, v in _settings(wanted).items() if settings.get(k) != v], str(settings.get("data"))
+    if LEAKY in data: wrong.append("its union holds held-out images")
+    elif not data.startswith(f"{recipe.data}:"): wrong.append(f"data is {data[:60]}, not {recipe.data}")
+    wrong += [what for k, what in dict(left_out="it left out corrections", unreadable="it left out pictures").items() if card.get(k)] + ["it is not done"] * (not card.get("done"))
     if wrong: raise BarleriaError(f"this run is not the recipe's: {wrong[0]}; run `{_train(recipe)}`.")
     mine = lambda r: (r.configuration, r.data, r.words) == (recipe.configuration, recipe.data, wanted.words) and r.split != "average"
     rows = [_entered(r, str(settings["seed"]), card, scores[_place(r)]) if mine(r) and _place(r) in scores else r for r in rows]
@@ -429,8 +439,8 @@ def record(
 
 
 def _settings(c):
-    "What a run's card says of a configuration."
-    return json.loads(json.dumps(dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"})))
+    "What the card of a recipe's run says: its configuration, and that all of val chose the epoch."
+    return json.loads(json.dumps(dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"}, val="val", val_refs=None, shuffle_sentences=False)))
 
 
 def _entered(r, seed, card, score):

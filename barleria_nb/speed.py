@@ -26,7 +26,7 @@ from .data import RefDataset, RefSet, collate
 from .metrics import evaluate
 from .model import Config, build_model, config
 from .scale import apart, compiled, forget_peak, peak_memory
-from .training import check_precision, git_commit, hardware, optimiser, train_step
+from .training import check_precision, data_name, git_commit, hardware, optimiser, train_step
 
 # %% ../nbs/train/25_speed.ipynb #0bd8020f
 def _clock(device):
@@ -383,19 +383,20 @@ def report(
     folder=None, # of a `RefSet` for loader and evaluation; None: the sample that ships with the package
     tell=None, # function called with the key of each row before it is measured
 )->dict: # what the file holds
-    "Measure and write down: rates of the machine, steps by several ways, memory, profile, evaluation, loader, growth. A `BarleriaError` for a file made on another machine or with other settings."
+    "Measure and write down: rates of the machine, steps by several ways, memory, profile, evaluation, loader, growth. A `BarleriaError` for a file made on another machine, of other code, PyTorch, Python or data, or with other settings."
     out, device, folder = Path(out), pick_device(str(device)), folder or asset("refshapes-sample")
     configs = [config(c) if isinstance(c, str) else c for c in ([configs] if isinstance(configs, str) else configs)]
     for c in configs:
         for p in precisions: _settled(c, device, p, threads)
     threads = threads or torch.get_num_threads()
     plan, settings = _plan(configs, precisions, growth, folder, device), dict(threads=threads, repeats=_positive(repeats, "repeats"), device=device.type)
-    about = dict(format=REPORT, hardware=hardware(device).split(" CPU threads, ")[-1], settings=settings)
+    about = dict(format=REPORT, hardware=hardware(device).split(" CPU threads, ")[-1], settings=settings, commit=git_commit(sys.modules["barleria_nb"].__file__), torch=torch.__version__, python=platform.python_version(), data=data_name(RefSet.read(folder)))
     if out.exists():
         kept = read_json(out)
         wrong = [k for k in about if not isinstance(kept, dict) or kept.get(k) != about[k]]
-        if wrong: raise BarleriaError(f"{out} is a report of another {'kind' if wrong[0] == 'format' else wrong[0]}; choose another file or remove it.")
-    else: kept = about | dict(commit=git_commit(sys.modules["barleria_nb"].__file__), torch=torch.__version__, python=platform.python_version(), rates=_rates(device, threads), rows=[])
+        if wrong[:1] == ["format"]: raise BarleriaError(f"{out} is a report of another kind; choose another file or remove it.")
+        if wrong: raise BarleriaError(f"{out} is a report of another {wrong[0]} ({str(kept.get(wrong[0], 'not said'))[:100]}; now {str(about[wrong[0]])[:100]}); choose another file or remove it.")
+    else: kept = about | dict(rates=_rates(device, threads), rows=[])
     done = {tuple(r["key"]) for r in kept["rows"]}
     for key, measure in plan.items():
         if key in done: continue

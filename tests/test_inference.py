@@ -208,6 +208,8 @@ def test_push(segment, monkeypatch):
     assert segment.push_to_hub("owner/name") == "https://a.host/commit"
     name, files = FakeApi.pushed.pop()
     assert name == "owner/name" and sorted(files) == ["README.md", "config.json", "tuned.safetensors"] and b'from_pretrained("owner/name")' in files["README.md"]
+    segment.push_to_hub("owner/name", dict(testB={"mIoU": .123, "n": 7}))
+    assert json.loads(FakeApi.pushed.pop()[1]["config.json"])["scores"] == dict(testB={"mIoU": .123, "n": 7})
     for bad in ("name", "a/b/c", "", None, "../x", "-a/b"): line(lambda: segment.push_to_hub(bad), "owner/name")
     for FakeApi.error, word in ((LocalTokenNotFoundError("x"), "log in"), (answer(HfHubHTTPError, 403), "refused"), (ConnectionError("a\nb"), "cannot be reached")):
         line(lambda: segment.push_to_hub("owner/name"), "'owner/name' was not pushed", word)

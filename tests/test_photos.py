@@ -570,5 +570,6 @@ def test_shares_of_the_bench(monkeypatch, tmp_path, capsys):
 
 
 def test_lists_of_the_command():
-    assert (set(cli.SUFFIXES), cli.KINDS) == (photos.SUFFIXES, photos.FILES)
+    from barleria_nb import inference, training
+    assert (set(cli.SUFFIXES), cli.KINDS, cli.PRECISIONS, cli.LOGGERS, cli.METRICS) == (photos.SUFFIXES, photos.FILES, training.PRECISIONS, training.LOGGERS, inference.METRICS)
     assert not photos.SUFFIXES & photos.FOREIGN

@@ -11,6 +11,7 @@ import pytest
 from fastcore.script import anno_parser
 
 from barleria_nb import cli, recipes as module
+from barleria_nb.bench import read_bench
 from barleria_nb.core import asset
 from barleria_nb.data import RefSet, tokenize
 from barleria_nb.inference import Segmenter
@@ -40,7 +41,7 @@ def own(r):
 def card_of(recipe, seed=0, **changes):
     "A card as a finished run of this recipe would have it."
     c = recipe.config()
-    settings = dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"}, seed=seed, data="refcoco: train 3 refs", shuffle_sentences=False)
+    settings = dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"}, seed=seed, data=f"{recipe.data}: train 3 refs", val="val", val_refs=None, shuffle_sentences=False)
     return dict(done=True, settings=settings | changes, commit="0123456789ab", hardware="one GPU", seconds=5400.)
 
 
@@ -229,14 +230,28 @@ def test_what_was_measured_is_kept_when_the_ledger_is_made_anew(tmp_path):
     assert ledger_rows([*rows, replace(gone, **dict.fromkeys(MEASURED, ""))]) == rows
 
 
-@pytest.mark.parametrize("changes, said", [(dict(epochs=3), "epochs is 3, not 50"), (dict(config="snf-b16"), "snf-b16"), (dict(pretrained=False), "pretrained"), (dict(words=22), "words"), (dict(shuffle_sentences=True), "shuffled"),
-    (dict(tuners=[["positions", {}]]), "tuners"), (dict(data="mixed-as-published: train 9 refs"), "held-out")])
+@pytest.mark.parametrize("changes, said", [(dict(epochs=3), "epochs is 3, not 50"), (dict(config="snf-b16"), "snf-b16"), (dict(pretrained=False), "pretrained"), (dict(words=22), "words"), (dict(shuffle_sentences=True), "shuffle_sentences"),
+    (dict(tuners=[["positions", {}]]), "tuners"), (dict(data="mixed-as-published: train 9 refs"), "held-out"), (dict(data="refcoco+: train 3 refs"), "data is refcoco+: train 3 refs, not refcoco"), (dict(data="refcoco"), "data is"), (dict(data=None), "data is None"),
+    (dict(val=None), "val is None, not val"), (dict(val="testA"), "val is testA"), (dict(val_refs=500), "val_refs is 500, not None")])
 def test_other_runs_are_not_entered(changes, said):
     line(lambda: record(read_ledger(), B16, card_of(B16, **changes), scores_of(B16, .7)), said)
 
 
+def test_a_run_that_left_something_out_is_not_entered():
+    line(lambda: record(read_ledger(), B16, card_of(B16) | dict(left_out=10), scores_of(B16, .7)), "left out corrections")
+    line(lambda: record(read_ledger(), B16, card_of(B16) | dict(unreadable=[7]), scores_of(B16, .7)), "left out pictures")
+    assert any(r.measured for r in record(read_ledger(), B16, card_of(B16, precision="fp16") | dict(left_out=0), scores_of(B16, .7))) # how a step is computed stays free
+
+
 def test_an_unfinished_run_is_not_entered():
     line(lambda: record(read_ledger(), B16, card_of(B16) | dict(done=False), scores_of(B16, .7)), "not done", "barleria_train barleria-b16")
+
+
+@pytest.mark.parametrize("cut, where", [(lambda l: [*l[:4], ",".join(l[4].split(",")[:13]), *l[5:]], "line 5: not a row"), (lambda l: [*l[:4], l[4] + ",more", *l[5:]], "line 5: not a row"),
+    (lambda l: [*l[:-1], l[-1][:30]], "line 238: not a row"), (lambda l: [l[0].removesuffix(",command"), *l[1:]], "line 1: not the columns"), (lambda l: [], "line 1")])
+def test_rows_that_were_cut_are_no_measurements(tmp_path, cut, where):
+    (tmp_path / "l.csv").write_text("\n".join(cut(asset("reproduction.csv").read_text().splitlines())))
+    line(lambda: read_ledger(tmp_path / "l.csv"), "l.csv", where)
 
 
 @pytest.mark.parametrize("spoil", ["bytes", "number", "column", "missing"])
@@ -329,9 +344,21 @@ def test_the_expressions_of_refcoco_become_word_pieces():
 def test_overview_puts_only_finished_methods_beside_the_papers():
     def run(name, seed, value, whole=True): return dict(run=dict(config=name, data="refshapes", seed=seed, lr=1e-3), seed=seed, mIoU=value, whole=whole, splits=dict(val=dict(mIoU=value)), probe=None)
     ledger = [replace(r, measured="71.9") if (r.configuration, r.split, r.metric, r.table) == ("barleria-b16", "val", "mIoU", 5) and r.dataset == "refcoco" else r for r in read_ledger()]
-    table = module.overview_table(ledger, [run("barleria-tiny", 0, .5), run("barleria-tiny", 1, .6), run("dcris-tinydino", 0, .4), run("snf-tiny", 0, .3, whole=False)])
-    rows = {tuple(l.split()[:2]): " ".join(l.split()[2:]) for l in table.splitlines()[1:]}
-    assert rows["barleria", "barleria"] == "72.4 71.9 55.0 ± 7.1 tiny 2"
-    assert rows["dcris", "dcris"] == "76.4 not yet run 40.0 tinydino 1"
-    assert rows["snf", "barleria"] == "70.8 not yet run not yet run tiny"
+    runs = [run("barleria-tiny", 0, .5), run("barleria-tiny", 1, .6), run("frozen-tiny", 0, .45), run("frozen-tiny", 1, .51), run("frozen-tiny", 2, .9), run("etris-tiny", 2, .8), run("dcris-tinydino", 0, .4), run("snf-tiny", 0, .3, whole=False)]
+    table = module.overview_table(ledger, runs)
+    read = lambda table: {tuple(l.split()[:2]): " ".join(l.split()[2:]) for l in table.splitlines()[1:]}
+    rows = read(table)
+    assert rows["barleria", "barleria"] == "72.4 71.9 55.0 ± 7.1 +7.0 ± 2.8 tiny 2" # against the seeds that frozen has, too
+    assert rows["etris", "barleria"] == "70.5 – 80.0 −10.0 tiny 1" and rows["dcris", "dcris"] == "76.4 – 40.0 – tinydino 1" # no frozen there
+    assert rows["snf", "barleria"] == "70.8 – not yet run – tiny"
+    assert rows["frozen", "barleria"] == "– – 62.0 ± 24.4 – tiny 3" and rows["full", "barleria"] == "– – not yet run – tiny"
+    assert rows["frozen", "dcris"] == "74.9 – not yet run – tinydino" and [l.split()[:2] for l in table.splitlines()[1:3]] == [["frozen", "barleria"], ["full", "barleria"]]
     assert len(rows) == len(table.splitlines()) - 1  # a line per method and paper
+    blank = module.overview_table(read_ledger(), runs) # nothing measured on RefCOCO: no column for it
+    assert " here  " not in blank and read(blank)["barleria", "barleria"] == "72.4 55.0 ± 7.1 +7.0 ± 2.8 tiny 2"
+
+
+def test_the_shipped_overview_fits_a_page():
+    lines = module.overview_table(read_ledger(), read_bench(asset("results/bench"))).splitlines()
+    start = lines[0].index("here, tiny")
+    assert max(map(len, lines)) <= 90 and all(l[start - 1] == " " != l[start] for l in lines)

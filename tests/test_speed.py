@@ -10,6 +10,7 @@ from common import line
 from barleria_nb import core, speed
 from barleria_nb.backbones import QuickMLP
 from barleria_nb.model import build_model, config
+from barleria_nb.shapes import make_refshapes
 from barleria_nb.training import optimiser, train_step
 
 TINY = config("barleria-tiny", batch=2)
@@ -114,7 +115,7 @@ def test_a_report_is_written_row_by_row_and_resumed(measured, tmp_path, monkeypa
     kept = speed.report(out, [TINY], **settings)
     keys = [tuple(r["key"]) for r in kept["rows"]]
     assert len(set(keys)) == len(keys) == (14 if shutil.which("g++") or shutil.which("cl") else 12) and keys[:4] == told[:4] and kept == json.loads(out.read_text())
-    assert {"hardware", "commit", "torch", "python", "settings", "rates"} <= kept.keys()
+    assert {"hardware", "commit", "torch", "python", "data", "settings", "rates"} <= kept.keys()
     n = len(measured)
     assert speed.report(out, [TINY], **settings) == kept and len(measured) == n
     row = kept["rows"][0]
@@ -129,11 +130,29 @@ def test_a_report_of_other_settings_or_of_another_kind_is_refused_and_kept(measu
     before = out.read_bytes()
     line(lambda: speed.report(out, [TINY], device="cpu", threads=2, repeats=1), "another settings", "choose another file")
     assert out.read_bytes() == before
+    kept = json.loads(before)
+    for key, said in dict(commit="000000000000", torch="1.0", python="2.7", data="photos: val 3 refs").items():
+        out.write_text(json.dumps(kept | {key: said}))
+        line(lambda: speed.report(out, [TINY], device="cpu", threads=1, repeats=1), f"another {key} ({said}; now", "choose another file")
+    out.write_text(json.dumps({k: v for k, v in kept.items() if k != "data"})) # as reports were before they named it
+    line(lambda: speed.report(out, [TINY], device="cpu", threads=1, repeats=1), "another data (not said; now")
+    assert len(speed.speed_table(out).splitlines()) == 2
     other = tmp_path/"x.json"
     for text in ("[]", '{"format": "?"}'):
         other.write_text(text)
         line(lambda: speed.report(other, [TINY], device="cpu"), "another kind")
     line(lambda: speed.speed_table(tmp_path/"nowhere"), "no speed report")
+
+
+def test_a_report_does_not_go_on_with_other_data(measured, tmp_path):
+    make_refshapes(tmp_path/"shapes", "refshapes", dict(train=2, val=2), workers=1, progress=False)
+    settings = dict(device="cpu", threads=1, repeats=1, precisions=("no",))
+    speed.report(tmp_path/"cpu.json", [TINY], **settings)
+    line(lambda: speed.report(tmp_path/"cpu.json", [TINY], folder=tmp_path/"shapes", **settings), "another data (refshapes", "now shapes:")
+
+
+def test_shipped_reports_can_be_read():
+    assert all(json.loads(p.read_text())["format"] == speed.REPORT for p in core.asset("results/speed").glob("*.json")) and "barleria-b16" in speed.speed_table(core.asset("results/speed"))
 
 
 def test_mistakes_end_in_one_line(tmp_path):
