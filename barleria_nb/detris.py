@@ -52,9 +52,8 @@ class ConvTextAdapter(TextAdapter):
     def __init__(self,
         positions=(1, 3, 5, 7, 9, 11), # text blocks, zero-based
         down:int=64, # bottleneck, a multiple of 16, else a `BarleriaError`
-        scale:float=.2, # factor of the adapter's output
     ):
-        super().__init__(positions, down, scale)
+        super().__init__(positions, down)
 
     def make(self,
         width:int, # channels T of the text tower

@@ -79,16 +79,14 @@ def hidden_patches(
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #b29d3fa8
 class Prototypes(nn.Module):
-    "Cosines of a token with K prototypes, after a small MLP. Thrown away after training."
+    "Cosines of a token with K prototypes, after a small MLP with 192 units inside and 64 numbers out. Thrown away after training."
     def __init__(self,
         width:int, # C, of the tokens
         prototypes:int, # K
-        hidden:int=192, # inside the MLP
-        out:int=64, # numbers that are compared
     ):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, out))
-        self.prototypes = nn.Parameter(torch.randn(prototypes, out))
+        self.mlp = nn.Sequential(nn.Linear(width, 192), nn.GELU(), nn.Linear(192, 64))
+        self.prototypes = nn.Parameter(torch.randn(prototypes, 64))
 
     def forward(self,
         x, # (n, C)

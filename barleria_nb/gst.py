@@ -33,7 +33,7 @@ class GSTAttention(nn.Module):
         p:Tensor|None=None, # (B, N, d) prior, a row for each token; None is plain attention
         mask:Tensor|None=None, # (B, N) bool, True = may be listened to; at least one in each row
     )->Tensor: # (B, N, d)
-        "`softmax(I W_q (I W_k)ᵀ / √C) (I W_v + p W_p)`, then the output map."
+        "`softmax(I W_q (I W_k)ᵀ / √(d / heads)) (I W_v + p W_p)` in each head, then the output map."
         q, k, v = self.qkv(x).chunk(3, -1)
         if p is not None: v = v + self.prior(p)
         q, k, v = (rearrange(z, "b n (h c) -> b h n c", h=self.heads) for z in (q, k, v))
@@ -46,14 +46,13 @@ class GSTModule(nn.Module):
     def __init__(self,
         dim:int=144, # channels of tokens and prior
         heads:int=3, # must divide dim, else a `BarleriaError`
-        ratio:int=4, # the MLP is `ratio` times as wide inside
     ):
         super().__init__()
         self.adapt = nn.Linear(dim, dim) # makes p_i
         nn.init.zeros_(self.adapt.bias)
         self.norm1, self.attn = nn.LayerNorm(dim), GSTAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = nn.Sequential(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self,
         x:Tensor, # (B, n, dim) tokens I_{i−1}

@@ -40,7 +40,7 @@ def batch_iou(
     mask:Tensor, # (B, 1, H, W) in [0, 1]
     threshold:float=.35, # probability, and mask value, from which a pixel counts as target
 )->Tensor: # (B,) IoU of each sample on the logits' grid
-    "Overlap of prediction and target while training; not the score of an evaluation."
+    "Overlap of prediction and target while training; not the score of an evaluation, which gives two empty masks 1 where this gives 0, takes probabilities above its threshold where this takes them from it on, and has its own .35, `metrics.THRESHOLD`."
     ours, truth = logits.sigmoid() >= threshold, resize_target(mask, logits.shape[-2:]) >= threshold
     inter, union = (ours & truth).flatten(1).sum(1), (ours | truth).flatten(1).sum(1)
     return inter / union.clamp(min=1)

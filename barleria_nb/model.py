@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['TUNERS', 'FLOWS', 'BRIDGE', 'LOCAL', 'METHODS', 'GLOBAL', 'LAYERS', 'HEADS', 'PUBLISHED', 'BACKBONES', 'DEPTHS',
-           'NARROW', 'LOUDER', 'SIZES', 'LEAST', 'MOST', 'PARAMETRISED', 'FORMAT', 'HEADER', 'TYPES', 'FREE', 'Full',
-           'Positions', 'dcris', 'backbones', 'fitted', 'Config', 'configurations', 'config', 'RISModel', 'build_model',
-           'parts_of', 'ledger', 'sizes', 'share_name', 'scaled', 'tuned_state', 'towers_hash', 'write_tensors',
-           'save_tuned', 'opened', 'read_note', 'read_tensors', 'read_about', 'stored_config', 'load_tuned',
-           'put_tuned']
+           'NARROW', 'LOUDER', 'SIZES', 'LEAST', 'MOST', 'PARAMETRISED', 'FORMAT', 'TYPES', 'FREE', 'Full', 'Positions',
+           'dcris', 'backbones', 'fitted', 'Config', 'configurations', 'config', 'RISModel', 'build_model', 'parts_of',
+           'ledger', 'sizes', 'share_name', 'scaled', 'tuned_state', 'towers_hash', 'write_tensors', 'save_tuned',
+           'opened', 'read_note', 'read_tensors', 'read_about', 'stored_config', 'load_tuned', 'put_tuned']
 
 # %% ../nbs/12_model.ipynb #d2a903c2
 # Imports core and every layer. Writes only in `save_tuned` and `write_tensors`; its random draws leave the caller's generator alone.
@@ -23,12 +22,12 @@ from types import UnionType
 from typing import get_args, get_origin
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save
 from einops import rearrange
 from torch import Tensor, nn
 
-from .backbones import DualEncoder, Encoded, Tuner, build_encoder
+from .backbones import DualEncoder, Encoded, Tuner, build_encoder, open_tensors
 from .baselines import Adapter, Bridger, Compacter, LoRA
 from .core import BarleriaError, atomic, count, near
 from .densecross import DenseCross, TextAdapter
@@ -148,7 +147,7 @@ class Config:
     name:str # method and backbone, such as "snf-b16"
     backbone:str # a key of `BACKBONES`
     tuners:tuple=() # of (kind, arguments): kinds are keys of `TUNERS`
-    head:dict=field(default_factory=dict) # arguments of `Head`: width, heads, ffn
+    head:dict=field(default_factory=dict) # arguments of `Head`: width, heads, ffn, layers, dropout, prior, residual
     gst:dict|None=None # arguments of `GST`: dim, heads, modules, queries; None: no global network
     size:int=416 # side of the square the model sees, pixels
     words:int=17 # word pieces per sentence, start and end included (22 for G-Ref)
@@ -235,8 +234,8 @@ def _row(name):
     "A method's row on its towers."
     if name not in configurations(): raise BarleriaError(f"no configuration {str(name)[:60]!r}; `barleria_params` lists them all.{near(str(name)[:60], configurations())}")
     method, backbone = next((m, b) for m in METHODS for ending, b in backbones(m).items() if name == f"{m}-{ending}")
-    settings = BACKBONES[backbone] | ({} if method in GLOBAL else dict(gst=None))
-    settings["head"] = settings["head"] | HEADS.get(method, {})
+    settings = dict(BACKBONES[backbone])
+    settings |= dict(head=settings["head"] | HEADS.get(method, {}), gst=dict(settings["gst"]) if method in GLOBAL else None) # of its own: who changes one row changes no other
     return Config(name, backbone, tuple((kind, fitted(kind, arguments, backbone)) for kind, arguments in METHODS[method]), pretrained=backbone.startswith("tiny"), **settings)
 
 # %% ../nbs/12_model.ipynb #f21981b8
@@ -444,7 +443,6 @@ def save_tuned(
     write_tensors(path, tuned_state(model), dict(format=FORMAT, config=config, towers=towers_hash(model), extra=extra or {}))
 
 # %% ../nbs/12_model.ipynb #c2fd70cb
-HEADER = 2**24 # bytes; a longer header is refused unread
 TYPES = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64"} # type of number -> its name in a safetensors file
 
 @contextmanager
@@ -455,9 +453,7 @@ def opened(
     path = Path(path)
     if not path.is_file(): raise BarleriaError(f"{path} is missing; give a file that `barleria_train` wrote.")
     try:
-        with open(path, "rb") as f:
-            if int.from_bytes(f.read(8), "little") > HEADER: raise ValueError("its header is too long")
-        with safe_open(path, "pt") as f: yield f
+        with open_tensors(path) as f: yield f
     except BarleriaError: raise
     except (SafetensorError, OSError, ValueError, RecursionError) as e:
         raise BarleriaError(f"{path} is not a whole safetensors file ({' '.join(str(e).split())[:80]}); train again or fetch it again.") from e

@@ -811,10 +811,9 @@ def _order(asked, kind, rng):
 def probe_towers(
     model:open_clip.CLIP, # from `load_tiny_clip` or `fresh_towers`
     scenes:list, # `Scene`s, a hundred or more; for the shipped towers `held_out_scenes`
-    seed:int=11, # of the wordings
 )->dict: # {"auc": {family: (class token, best patch)}, "place": {family: (hit, chance)}, "order": {kind: (class token, best patch)}}
-    "Ask a tower pair what it knows."
-    asked, rng = _Asked(model.eval(), scenes), np.random.default_rng(seed)
+    "Ask a tower pair what it knows, always in the same words."
+    asked, rng = _Asked(model.eval(), scenes), np.random.default_rng(11) # draws the wordings
     found = dict(auc={}, place={}, order={})
     for name, claims in _families().items():
         true, false = (np.stack(x, 1) for x in zip(*(c.truth(asked.rows) for c in claims)))

@@ -51,6 +51,16 @@ def test_configurations_are_json_and_come_back():
             assert any(kind == "positions" for kind, _ in stored["tuners"]) is positions
 
 
+def test_rows_share_nothing_that_can_be_changed():
+    "Who changes the dictionaries of one configuration changes no other, and not the table."
+    for name in ("barleria-b16", "barleria-tiny", "detris-b14"):
+        before, other = json.dumps(asdict(config(name))), config("barleria-b16")
+        c = config(name)
+        for part in (c.head, c.gst, *(arguments for _, arguments in c.tuners)):
+            if part is not None: part["width"] = part["dim"] = 7
+        assert json.dumps(asdict(config(name))) == before and config("barleria-b16") == other
+
+
 @pytest.mark.parametrize("changes", [dict(epochs=0), dict(batch=True), dict(words=2), dict(size=1.5), dict(lr=0), dict(lr=float("inf")), dict(lr="1"), dict(drop=-1), dict(drop=2), dict(pretrained=1)])
 def test_settings_are_checked(changes): line(lambda: config("snf-tiny", **changes), *changes)
 

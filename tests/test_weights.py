@@ -21,7 +21,7 @@ from safetensors.torch import save, save_file
 import barleria_nb.backbones as module
 from timm.models.vision_transformer import checkpoint_filter_fn
 
-from barleria_nb.backbones import CLIPS, DINOS, WEIGHTS, build_encoder, clip_encoder, dino_encoder, find_weights, fingerprint, hub_place, read_weights, weights_folder
+from barleria_nb.backbones import CLIPS, DINOS, WEIGHTS, build_encoder, clip_encoder, dino_encoder, find_weights, fingerprint, hub_place, read_weights, tiny_clip, tiny_dino, weights_folder, weights_sum
 from common import line
 
 STAND_IN = dict(embed_dim=16, quick_gelu=True, vision_cfg=dict(image_size=32, layers=3, width=16, head_width=8, patch_size=8),
@@ -113,6 +113,19 @@ def test_own_file_comes_first(stand_in, monkeypatch):
         assert find_weights("b16") == path
 
 
+def test_which_file_it_was(stand_in, monkeypatch, tmp_path):
+    "The fingerprint of the file that would be read; without one the published sum, which DINOv2 lacks."
+    assert (weights_sum("b16"), weights_sum("dino-b14")) == (WEIGHTS["b16"]["sha256"], None)
+    there = cached(stand_in, WEIGHTS["b16"]["revision"])
+    monkeypatch.setattr(module, "hub_place", lambda name: ("some/where", "open_clip_model.safetensors"))
+    assert weights_sum("b16") == hashlib.sha256(there.read_bytes()).hexdigest()
+    save_file({"a": torch.ones(2)}, weights_folder()/"b16.safetensors")
+    assert weights_sum("b16") == fingerprint(weights_folder()/"b16.safetensors") != fingerprint(there)
+    (weights_folder()/"dino-b14.bin").write_bytes(b"abc")
+    assert weights_sum("dino-b14") == hashlib.sha256(b"abc").hexdigest()
+    line(lambda: weights_sum("b61"), "Did you mean b16")
+
+
 def test_a_configuration_asks_for_them(stand_in):
     from barleria_nb.model import build_model, config
     save_file(stand_in, weights_folder()/"b16.safetensors")
@@ -123,6 +136,8 @@ def test_a_configuration_asks_for_them(stand_in):
 
 def test_who_has_none():
     for name in ("tiny", "tiny-dino", "dino-b14", "detris-l14"): line(lambda: build_encoder(name, pretrained="some.safetensors"), "b16", f"'{name}'")
+    for make in (dino_encoder, tiny_clip, tiny_dino):
+        for given in ("some.safetensors", Path("some.safetensors"), 1, None): line(lambda: make(pretrained=given), "one file of weights", "pretrained=False")
     line(lambda: find_weights("b61"), "Did you mean b16")
     line(lambda: read_weights("x.safetensors", "tiny"), "b16")
 
@@ -174,6 +189,11 @@ RAN = Path(os.environ.get("TMPDIR", "/tmp"))/f"barleria-ran-{os.getpid()}"
 class Evil:
     "Unpickled, it makes a file."
     def __reduce__(self): return Path.touch, (RAN,)
+
+
+class AllOfTheMemory:
+    "Unpickled, it asks for a terabyte."
+    def __reduce__(self): return bytearray, (2**40,)
 
 
 def header(text): return struct.pack("<Q", len(text)) + text
@@ -230,7 +250,12 @@ HOSTILE = { # name -> (ending, bytes from the good tensors, what the line says)
     "a training checkpoint": (".pt", lambda s: torch_bytes(dict(epoch=1, state_dict=s)), "no plain list of named tensors"),
     "numbers for names": (".pt", lambda s: torch_bytes({k: t for k, t in enumerate(s.values())}), "no plain list of named tensors"),
     "torch, another shape": (".pt", lambda s: torch_bytes(s | {"visual.proj": torch.zeros(3)}), "'visual.proj' is (3,) of type torch.float32"),
-    "torch, complex": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to(torch.complex64)}), "torch.complex64"),
+    "torch, complex": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to(torch.complex64)}), "asks for torch.ComplexFloatStorage"),
+    "torch, what its own reader allows": (".pt", lambda s: torch_bytes(s | {"more": AllOfTheMemory()}), "asks for __builtin__.bytearray, and nothing in it was run"),
+    "torch, whole numbers": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to(torch.int8)}), "'visual.proj' is (16, 16) of type torch.int8"),
+    "a newer pickle": (".pt", lambda s: torch_bytes({"more": Evil()}, pickle_protocol=4), "asks for STACK_GLOBAL"),
+    "a long description": (".pt", lambda s: packed({"m/data.pkl": bytes(2**24 + 1), "m/version": b"3"}), "description of its tensors is too long"),
+    "two programs": (".pt", lambda s: packed({"a/data.pkl": pickle.dumps({}, 2), "b/data.pkl": pickle.dumps(Evil(), 2)}), "not one archive"),
     "torch, sparse": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to_sparse()}), ""),
     "torch, without numbers": (".pt", lambda s: torch_bytes(s | {"visual.proj": s["visual.proj"].to("meta")}), ""),
     "torch, not finite": (".pt", lambda s: torch_bytes(with_nan(s)), "not finite"),
