@@ -198,6 +198,12 @@ def _inside(base, name):
     if not found: raise BarleriaError(f"its image {str(name)[:60]!r} is missing from {base}; fetch it.")
     return path
 
+_PLAIN = re.compile(r"[ -%'-~]*[0-9A-Za-z][ -%'-~]*") # ASCII with a letter or digit and without "&", which opens names of characters such as "&nbsp;"
+
+def _check_words(sentence):
+    "Refuse a sentence of which no word piece would be left. A plain one is sure to leave some; about others only the tokenizer knows, which is slow to load."
+    if not _PLAIN.fullmatch(sentence): _pieces(sentence, 17)
+
 # %% ../nbs/01_data.ipynb #2e4de55c
 KNOWN = {"ref_id", "ann_id", "image_id", "category_id", "split", "sentences", "file_name"} # the fields of a ref
 
@@ -225,7 +231,7 @@ class _Reader:
                 sent_id, text = _whole(record, "sent_id"), record.get("sent")
                 if sent_id in self.taken: raise BarleriaError(f"sentence {sent_id} is there already, the first one counts; give it its own sent_id.")
                 if not isinstance(text, str) or not text.strip(): raise BarleriaError(f"sentence {sent_id} is empty; write it or drop it.")
-                if not re.fullmatch(r"[ -%'-~]*[0-9A-Za-z][ -%'-~]*", text): _pieces(text, 17) # such as "&nbsp;": the tokenizer, slow to load, knows whether anything is left
+                _check_words(text)
                 self.taken.add(sent_id)
                 yield Sentence(sent_id, text)
             except BarleriaError as e: self.note(ref_id, e)
@@ -368,15 +374,18 @@ class Letterbox:
     )->Tensor: # (height, width) or (B, height, width), in at least 32 bits
         "Bring a result back to the image's own pixels in one bilinear step; a `BarleriaError` when the grid has not two or three dimensions."
         if prob.ndim not in (2, 3): raise BarleriaError(f"a grid of shape {tuple(prob.shape)} cannot be brought back; give (h', w') or (B, h', w').")
-        prob, (h, w), one = prob.to(torch.promote_types(prob.dtype, torch.float32)), prob.shape[-2:], prob.ndim == 2 # half precision cannot even count the pixels of a large image
-        stride = stride or self.size / w
+        prob = prob.to(torch.promote_types(prob.dtype, torch.float32)) # half precision cannot even count the pixels of a large image
+        back = self._sample(prob if prob.ndim == 3 else prob[None], (self.height, self.width), stride or self.size / prob.shape[-1])
+        return back if prob.ndim == 3 else back[0]
+
+    def _sample(self, values, shape, stride, how="bilinear", outside="border"):
+        "Values (B, h', w'), one for each `stride` pixels of the square, at the pixels of a (H, W) picture of the whole image: (B, H, W)."
         def line(n, fitted, offset, samples): # where the n pixels lie on the grid, −1 = first sample, 1 = last
-            x = fitted / n * (torch.arange(n, dtype=prob.dtype, device=prob.device) + .5) + offset - .5
+            x = fitted / n * (torch.arange(n, dtype=values.dtype, device=values.device) + .5) + offset - .5
             return 2 * x / stride / max(samples - 1, 1) - 1
-        y, x = line(self.height, self.nh, self.top, h), line(self.width, self.nw, self.left, w)
-        grid, prob = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1), prob[None] if one else prob
-        back = F.grid_sample(prob[:, None], grid.expand(len(prob), -1, -1, -1), mode="bilinear", padding_mode="border", align_corners=True)[:, 0]
-        return back[0] if one else back
+        y, x = line(shape[0], self.nh, self.top, values.shape[1]), line(shape[1], self.nw, self.left, values.shape[2])
+        at = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).expand(len(values), -1, -1, -1)
+        return F.grid_sample(values[:, None], at, mode=how, padding_mode=outside, align_corners=True)[:, 0]
 
 # %% ../nbs/01_data.ipynb #4d00c97d
 START, END = 49406, 49407 # CLIP's ids for the start and the end of a text
@@ -418,7 +427,7 @@ def tokenize(
 
 # %% ../nbs/01_data.ipynb #84027cf8
 def normalise(
-    images, # uint8, (B, H, W, 3) or (B, 3, H, W)
+    images, # uint8, (B, H, W, 3) or (B, 3, H, W); where both fit, the second is meant
 )->Tensor: # (B, 3, H, W) float32 on the same device
     "Shift and scale colours to CLIP's statistics: (v / 255 − mean) / std per channel; a `BarleriaError` for another type or shape."
     images = torch.as_tensor(images)

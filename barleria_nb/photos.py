@@ -28,7 +28,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 
 from .core import REMEDY, BarleriaError, atomic, read_json, stable_hash, write_json
-from .data import MAX_PIXELS, _pieces, decode_mask, read_image
+from .data import MAX_PIXELS, _check_words, decode_mask, read_image
 from .inference import Row, _cut, _record, _thin, _writable, save_overlays, slug
 from .metrics import THRESHOLD
 from .model import towers_hash, tuned_state
@@ -179,7 +179,7 @@ def checked_sentence(
         if not isinstance(text, str): raise BarleriaError(f"a sentence cannot be of type {type(text).__name__}; give a text.")
         text = text.strip()
         if len(text) > MAX_TEXT: raise BarleriaError(f"a sentence has {len(text):,} characters, over {MAX_TEXT:,}; shorten it.")
-        if not re.fullmatch(r"[ -%'-~]*[0-9A-Za-z][ -%'-~]*", text): _pieces(text, 17) # the tokenizer is slow, and only it knows about odd characters
+        _check_words(text)
     except BarleriaError as e: raise BarleriaError(f"{where}{': ' if where else ''}{e}") from None
     return text
 

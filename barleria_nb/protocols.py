@@ -125,16 +125,6 @@ def true_mask(
     return (resize_target(torch.from_numpy(Letterbox(ref.height, ref.width, size).mask(mask))[None, None], (side, side))[0, 0] > .5).numpy()
 
 # %% ../nbs/13d_protocols.ipynb #b171bdb2
-def _sampled(values, box, shape, stride, how, outside):
-    "Values (B, h', w'), a sample every `stride` pixels of a box's square, at the pixels of a (H, W) picture of the box's whole image."
-    def line(n, fitted, offset, samples):
-        x = fitted / n * (torch.arange(n, dtype=values.dtype, device=values.device) + .5) + offset - .5
-        return 2 * x / stride / max(samples - 1, 1) - 1
-    y, x = line(shape[0], box.nh, box.top, values.shape[1]), line(shape[1], box.nw, box.left, values.shape[2])
-    at = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1).expand(len(values), -1, -1, -1)
-    return F.grid_sample(values[:, None], at, mode=how, padding_mode=outside, align_corners=True)[:, 0]
-
-
 def bring_back(
     values, # (B, h, h) probabilities or logits on the output grid, whichever the protocol resizes
     box:Letterbox, # how the image lies in the network's square
@@ -145,9 +135,9 @@ def bring_back(
     shape = (box.height, box.width) if protocol.place == "own" else (protocol.place,) * 2
     if protocol.way == "bicubic":
         square = F.interpolate(values[:, None], (box.size, box.size), mode="bicubic", align_corners=True)[:, 0]
-        return _sampled(square, box, shape, 1, "bicubic", "zeros")
+        return box._sample(square, shape, 1, "bicubic", "zeros")
     if protocol.place == "own": return box.inverse(values)
-    return _sampled(values, box, shape, box.size / values.shape[2], "bilinear", "border")
+    return box._sample(values, shape, box.size / values.shape[2])
 
 # %% ../nbs/13d_protocols.ipynb #faaf00d8
 def _read(pairs, rule):

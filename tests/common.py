@@ -1,4 +1,4 @@
-"What several test files need: the one line of a refusal, two small random towers, three sentences for them."
+"What several test files need: the one line of a refusal, two small random towers, three sentences for them, and how published modules are compared with ours."
 import pytest
 import torch
 
@@ -31,3 +31,21 @@ def batch(dtype=torch.float64, length=9):
     image, ids = torch.randn(3, 3, 64, 64, generator=g, dtype=torch.float64), torch.randint(2, 50, (3, length), generator=g)
     words = torch.arange(length) < torch.tensor([3, 9, 6])[:, None]
     return image.to(dtype), ids * words, words
+
+
+def weighed(tensors):
+    "A scalar in which every number counts with its own random weight."
+    g = torch.Generator().manual_seed(9)
+    return sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in tensors)
+
+
+def load(module, state):
+    "All our parameters and buffers must come from `state`, and all of `state` must be used (BatchNorm's step counters aside)."
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    assert not unexpected and all(m.endswith("num_batches_tracked") for m in missing), (missing, unexpected)
+    return module.eval()
+
+
+def close(ours, theirs):
+    "Our output is the stored one, but for rounding."
+    torch.testing.assert_close(ours.detach(), theirs, atol=1e-5, rtol=1e-5)

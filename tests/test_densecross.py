@@ -17,6 +17,7 @@ from barleria_nb.baselines import Bridger
 from barleria_nb.core import BarleriaError, count
 from barleria_nb.densecross import DenseBranches, DenseCross, DenseCrossAdapter, TextAdapter, WordAttention
 from barleria_nb.intertwine import Intertwine
+from common import close, load, weighed
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "dcris"
 PAIRS = ["clip", "dino", "deep"]
@@ -48,11 +49,6 @@ def batch(dtype=torch.float64, lengths=(3, 9, 6), length=9):
 
 
 def outputs(e): return [*e.taps, *e.side, e.words * e.mask[..., None], e.sentence, e.pooled]
-
-
-def weighed(tensors):
-    g = torch.Generator().manual_seed(9)
-    return sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype)).sum() for x in tensors)
 
 
 def both(**changes): return [DenseCross(AT, **{**SMALL, **changes}), TextAdapter(AT, 8, zero=changes.get("zero", False))]
@@ -118,9 +114,6 @@ def golden(name):
     return sizes, {k: v for k, v in arrays.items() if not k.startswith("w.")}, {k[2:]: v for k, v in arrays.items() if k.startswith("w.")}
 
 
-def close(ours, theirs): torch.testing.assert_close(ours.detach(), theirs, atol=1e-5, rtol=1e-5)
-
-
 NAMES = {"D_fc1.": "down.", "D_fc2.": "up.", "dense_branch1.": "dense.one.", "dense_branch2.": "dense.three.", "dense_branch3.": "dense.five.",
          "cross.image_proj.": "cross.image.", "cross.text_proj.": "cross.text.", "cross.back_proj.": "cross.back.",
          "cross.multihead_attn.out_proj.": "cross.out."}
@@ -136,12 +129,6 @@ def ours(state):
             old = max((p for p in NAMES if k.startswith(p)), key=len)
             new[NAMES[old] + k[len(old):].replace("conv.", "0.").replace("bn.", "1.")] = v
     return new
-
-
-def load(module, state):
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not unexpected and all(m.endswith("num_batches_tracked") for m in missing), (missing, unexpected)
-    return module.eval()
 
 
 def published():

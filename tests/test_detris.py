@@ -11,8 +11,8 @@ from barleria_nb.backbones import Block, DualEncoder, TextTower, _dino, _release
 from barleria_nb.core import count
 from barleria_nb.densecross import DenseCross, DenseCrossAdapter
 from barleria_nb.detris import ConvBottleneck, ConvTextAdapter
-from common import line
-from test_densecross import NAMES, batch, close, golden, load, towers
+from common import close, line, load
+from test_densecross import NAMES, batch, golden, towers
 
 AT = (1, 3, 5)
 

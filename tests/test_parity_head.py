@@ -9,6 +9,7 @@ from torch import nn
 from barleria_nb.gst import GSTAttention
 from barleria_nb.head import Decoder, Gate, Head, Neck, Projector, coordinates, sine_1d, sine_2d
 from barleria_nb.loss import batch_iou, resize_target, text_to_pixel_loss
+from common import close, load
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 GOLDEN = SHARED / "golden" / "barleria"
@@ -21,20 +22,10 @@ def golden(name):
     return {k: v for k, v in arrays.items() if not k.startswith("sd/")}, {k[3:]: v for k, v in arrays.items() if k.startswith("sd/")}
 
 
-def close(ours, theirs): torch.testing.assert_close(ours.detach(), theirs, atol=1e-5, rtol=1e-5)
-
-
 def renamed(state, table):
     "Published names to ours, the longest fitting prefix of `table` first; nothing is left over."
     prefix = lambda name: max((p for p in table if name.startswith(p)), key=len)
     return {table[prefix(k)] + k[len(prefix(k)):]: v for k, v in state.items()}
-
-
-def load(module, state):
-    "All our parameters and buffers must come from `state`, and all of `state` must be used (BatchNorm's step counters aside)."
-    missing, unexpected = module.load_state_dict(state, strict=False)
-    assert not unexpected and all(m.endswith("num_batches_tracked") for m in missing), (missing, unexpected)
-    return module.eval()
 
 
 def gate_state(state, old, new):

@@ -8,7 +8,7 @@ from barleria_nb.backbones import DualEncoder
 from barleria_nb.core import BarleriaError, count
 from barleria_nb.intertwine import Bottleneck, Intertwine
 from barleria_nb.snf import AffinePlanarFlow, HadamardFlow, SNF, folds, invert, planar_step
-from common import batch, towers
+from common import batch, towers, weighed
 
 BOTH = ("visual", "text")
 METHODS = {
@@ -24,12 +24,6 @@ METHODS = {
 def outputs(e):
     "Everything a head can read, and nothing of what padding rows hold."
     return [*e.taps, e.side[0], e.words * e.mask[..., None], e.sentence]
-
-
-def weighed(tensors):
-    "A scalar in which every number counts with its own random weight."
-    g = torch.Generator().manual_seed(9)
-    return sum((x * torch.randn(x.shape, generator=g, dtype=torch.float64)).sum() for x in tensors)
 
 
 LOSSES = {
