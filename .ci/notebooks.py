@@ -327,6 +327,7 @@ def lint_cell(cell, tally):
     if len(re.findall(r"^\s*#\s*\|", text, re.M)) > len(d): yield "a '#|' line after code, or twice the same, would be ignored; put it first"
     if re.search(r"^\s*!|^[\w ,]+=\s*!|^%%(bash|sh|script|system)\b", text, re.M): yield "a shell line never fails a test; use subprocess.run(…, check=True)"
     if "print(" in text and text.rstrip().endswith(";") and not skipped(cell) and not any(o.get("output_type") == "stream" for o in cell["outputs"]): yield "a ';' at its end keeps what the cell prints out of the page; end it without"
+    if re.search(r"^# #+ \w", text, re.M): yield "a heading inside a code cell; give its text a cell of its own"
     if any(o.get("output_type") == "error" for o in cell.get("outputs", [])): yield f"stored error output; mend the cell, then {REMEDY}"
     if not d.keys() & EXPORTS: return
     flags = d.keys() & (FLAGS | {"eval"})

@@ -300,7 +300,7 @@ def bench_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # a row of three panels for each pair of towers, whose scores are not to be compared with another pair's
-    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. Hollow: its learning rate is still being chosen. Runs at equal shares have a figure of their own, `equal_figure`."
+    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. The names between the panels, best first, are the key to all three. Hollow: its learning rate is still being chosen. No dot in the middle: the time is not known, for the run was stopped and went on. Runs at equal shares have a figure of their own, `equal_figure`."
     panels = {}
     for s in _found(rows, data).values():
         if "@" not in s.name and s.values(split=split): panels.setdefault(s.name.rpartition("-")[2], []).append(s)
@@ -311,19 +311,20 @@ def bench_figure(
 
 def _course(axes, towers, found, split):
     "The panels of one pair of towers."
+    found = sorted(found, key=lambda s: -statistics.mean(s.values(split=split).values()))
     for k, s in enumerate(found):
         values, colour, row = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](k % 20), s.rows[0]
         for ax, x in ((axes[0], 100 * row["share"]), (axes[1], _cost(row))):
             if x is None: continue
             ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
             ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if row["whole"] else "white", ms=5)
-            ax.annotate(s.name, (x, statistics.mean(values)), xytext=(4, 3), textcoords="offset points", fontsize=6)
+        axes[0].text(1.04, 1 - (k + .5) / len(found), s.name.removesuffix(f"-{towers}"), transform=axes[0].transAxes, color=colour, fontsize=7, va="center", weight="bold")
         steps, _, ious = zip(*row["curve"])
-        axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1, label=s.name)
+        axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1)
     axes[0].set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")
     axes[0].set_xscale("symlog", linthresh=.1) # with a place for nothing
-    axes[1].set(xlabel="seconds of one run; on a CPU of the processor, where known")
-    axes[2].set(xlabel="step", ylabel="IoU before the correction, %"); axes[2].legend(fontsize=5, ncols=2)
+    axes[1].set(xlabel="seconds of a run; on a CPU of the processor")
+    axes[2].set(xlabel="step", ylabel="IoU before the correction, %")
 
 # %% ../nbs/train/23_bench.ipynb #43c9a0ee
 def equal_figure(
