@@ -305,20 +305,22 @@ def bench_figure(
     for s in _found(rows, data).values():
         if "@" not in s.name and s.values(split=split): panels.setdefault(s.name.rpartition("-")[2], []).append(s)
     fig = Figure(figsize=(11, 3.4 * max(1, len(panels))), layout="constrained")
-    for axes, (towers, found) in zip(fig.subplots(max(1, len(panels)), 3, squeeze=False), panels.items()): _course(axes, towers, found, split)
+    methods = list(dict.fromkeys(s.name.rpartition("-")[0] for found in panels.values() for s in found))
+    for axes, (towers, found) in zip(fig.subplots(max(1, len(panels)), 3, squeeze=False), panels.items()): _course(axes, towers, found, split, methods)
     return fig
 
 
-def _course(axes, towers, found, split):
-    "The panels of one pair of towers."
+def _course(axes, towers, found, split, methods):
+    "The panels of one pair of towers; each method has its colour by its place in `methods`."
     found = sorted(found, key=lambda s: -statistics.mean(s.values(split=split).values()))
     for k, s in enumerate(found):
-        values, colour, row = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](k % 20), s.rows[0]
+        method = s.name.rpartition("-")[0]
+        values, colour, row = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](methods.index(method) % 20), s.rows[0]
         for ax, x in ((axes[0], 100 * row["share"]), (axes[1], _cost(row))):
             if x is None: continue
             ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
             ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if row["whole"] else "white", ms=5)
-        axes[0].text(1.04, 1 - (k + .5) / len(found), s.name.removesuffix(f"-{towers}"), transform=axes[0].transAxes, color=colour, fontsize=7, va="center", weight="bold")
+        axes[0].text(1.04, 1 - (k + .5) / len(found), method, transform=axes[0].transAxes, color=colour, fontsize=7, va="center", weight="bold")
         steps, _, ious = zip(*row["curve"])
         axes[2].plot(steps[4:], [100 * statistics.mean(ious[i - 4:i + 1]) for i in range(4, len(ious))], color=colour, lw=1)
     axes[0].set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")
