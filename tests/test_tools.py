@@ -1,4 +1,5 @@
 "`.ci/notebooks.py` on a small tree of its own: the line below a chapter's title and the cell for Colab come from settings.ini and the order of the files."
+import importlib.util
 import json
 import shutil
 import subprocess
@@ -68,3 +69,13 @@ def test_lead_follows_a_repository_that_moved(tree):
         assert f"/github/new/place/blob/main/nbs/{name}.ipynb)" in said and "git+https://b.host/new/place@main" in said
         assert "old/home" not in said and said.count("Open in Colab") == said.count("google.colab\"") == 1
     assert clean(tree)[1] == stored
+
+
+@pytest.mark.parametrize("source, outputs, said", [("x = 1\n#\n# ## A heading", [], "a heading inside a code cell"), ("print(1);", [], "keeps what the cell prints"),
+    ("print(1);", [dict(output_type="stream", name="stdout", text="1")], None), ("x = 1 # a remark\n# another", [], None)])
+def test_cells_that_hide_what_they_say(source, outputs, said):
+    "Prose in a code cell, and prints that a ';' keeps out of the page."
+    spec = importlib.util.spec_from_file_location("notebook_tools", ROOT / ".ci" / "notebooks.py")
+    spec.loader.exec_module(tools := importlib.util.module_from_spec(spec))
+    slips = list(tools.lint_cell(dict(cell_type="code", source=source, outputs=outputs, metadata={}), [0, 0]))
+    assert [said in s for s in slips] == [True] if said else not slips
