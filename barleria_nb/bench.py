@@ -117,7 +117,7 @@ class Bench:
         *,
         towers=("tiny", "tinydino"), # endings of configurations
         seeds=(0, 1, 2), # the first one's runs choose the learning rates
-        shares=(), # per cent of the towers' numbers: each method is run at these too, once, if it has sizes that reach them
+        shares=(), # per cent of the towers' numbers: each method is run at these too, if it has sizes that reach them
         budget:Budget=Budget(), # shared by all runs
         jobs:int=1, # runs at a time
         threads:int|None=None, # of the CPU for each; None: the cores divided by the jobs
@@ -150,14 +150,14 @@ class Bench:
         return list({json.dumps(r["run"]): r for r in self.rows}.values()) # a run of the grid comes again when it is scored whole
 
     def _rounds(self):
-        "The grid, then data set by data set and seed by seed, then the shares."
+        "The grid, then data set by data set and seed by seed, then the shares likewise."
         first = next(iter(self.folders))
         self._round([Run(first, n, self.seeds[0], lr) for lr in self.budget.lrs for n in self.names], whole=False)
         chosen = {n: best_lr(self.rows, n) for n in self.names}
         for data, seed in itertools.product(self.folders, self.seeds):
             self._round([Run(data, n, seed, lr) for n, lr in chosen.items() if lr], whole=True)
-        for data in self.folders:
-            self._round([Run(data, n, self.seeds[0], lr) for n in self.scaled if (lr := best_lr(self.rows, n))], whole=True)
+        for data, seed in itertools.product(self.folders, self.seeds):
+            self._round([Run(data, n, seed, lr) for n in self.scaled if (lr := best_lr(self.rows, n))], whole=True)
 
     def _round(self, runs, whole):
         "Some runs, several at a time."
@@ -334,28 +334,34 @@ def equal_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # a panel for each pair of towers
-    "mIoU against the share that is tuned, a line per method scaled to equal shares, with the range over seeds; `frozen` and `full` as horizontal lines, of the same seeds where they have them. The legend names the shares that others were run at and a method was not."
+    "mIoU against the share that is tuned, a dot per run, and a line per method scaled to equal shares through its means over the seeds that all these runs have; `frozen` and `full` as horizontal lines, of the same seeds where they have them. The legend names the shares that others were run at and a method was not."
     panels = {}
     for s in _found(rows, data).values(): panels.setdefault(_plain_name(s.name).rpartition("-")[2], {})[s.name] = s
     fig = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
-    for ax, (towers, found) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()): _equal(ax, towers, found, split)
+    methods = list(dict.fromkeys(n.rpartition("-")[0] for found in panels.values() for n in found if "@" in n))
+    for ax, (towers, found) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items()): _equal(ax, towers, found, split, methods)
     return fig
 
 
-def _equal(ax, towers, found, split):
-    "The panel of one pair of towers."
+def _mean_of(values, seeds):
+    "Of the values by seed those of `seeds`, or of all where it has none of these."
+    return statistics.mean([v for seed, v in values.items() if seed in seeds] or values.values())
+
+
+def _equal(ax, towers, found, split, methods):
+    "The panel of one pair of towers; each method has its colour by its place in `methods`."
     at = {n: s for n, s in found.items() if "@" in n and s.values(split=split)}
     shares = sorted({n.partition("@")[2] for n in at}, key=lambda p: min(s.rows[0]["share"] for n, s in at.items() if n.endswith(f"@{p}")))
-    seeds = {seed for s in at.values() for seed in s.values(split=split)}
-    for k, name in enumerate(n for n in dict.fromkeys(map(_plain_name, found)) if n not in (f"frozen-{towers}", f"full-{towers}")):
-        mine = sorted((100 * s.rows[0]["share"], [100 * v for v in s.values(split=split).values()]) for n, s in at.items() if _plain_name(n) == name)
-        missing, colour = [p for p in shares if f"{name}@{p}" not in at], colormaps["tab20"](k % 20)
-        if not shares: continue
-        ax.plot([x for x, _ in mine], [statistics.mean(v) for _, v in mine], "o-", color=colour, ms=4, lw=1, label=name + f" (not at {', '.join(missing)})" * bool(missing))
-        for x, v in mine: ax.plot([x, x], [min(v), max(v)], color=colour, lw=1)
+    every = [set(s.values(split=split)) for s in at.values()]
+    seeds = set.intersection(*every) or set.union(*every) if every else set() # where no seed is shared, all
+    for name in dict.fromkeys(map(_plain_name, at)):
+        mine = sorted((100 * s.rows[0]["share"], {seed: 100 * v for seed, v in s.values(split=split).items()}) for n, s in at.items() if _plain_name(n) == name)
+        missing, colour = [p for p in shares if f"{name}@{p}" not in at], colormaps["tab20"](methods.index(name.rpartition("-")[0]) % 20)
+        ax.plot([x for x, _ in mine], [_mean_of(v, seeds) for _, v in mine], color=colour, lw=1, marker="_", label=name + f" (not at {', '.join(missing)})" * bool(missing))
+        for x, v in mine: ax.plot([x] * len(v), list(v.values()), "o", color=colour, ms=3)
     for name, style in ((f"frozen-{towers}", ":"), (f"full-{towers}", "--")):
         if not (s := found.get(name)) or not (values := s.values(split=split)): continue
-        level = 100 * statistics.mean([v for seed, v in values.items() if seed in seeds] or values.values())
+        level = 100 * _mean_of(values, seeds)
         ax.axhline(level, ls=style, color="0.3", lw=1, label=f"{name}, {100 * s.rows[0]['share']:.1f} %" + ", lr still being chosen" * (not s.rows[0]["whole"]))
     if not at: ax.text(.5, .5, "nothing was run at equal shares yet", ha="center", transform=ax.transAxes)
     ax.set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")

@@ -326,7 +326,7 @@ def barleria_bench(
     data:Param("drawn sets or folders; val of the first chooses the learning rates (default: refshapes)", str, nargs="+")=None, # where from
     seeds:Param("seeds (default: 0 1 2)", whole, nargs="+")=None, # of everything random
     lrs:Param("learning rates to try (default: 0.00025 0.0005 0.001)", rate, nargs="+")=None, # the grid
-    shares:Param("also train every method at these shares of the towers' numbers, in per cent, such as 0.5 1 2, with the first seed", percent, nargs="+")=None, # sizes to compare at
+    shares:Param("also train every method at these shares of the towers' numbers, in per cent, such as 0.5 1 2", percent, nargs="+")=None, # sizes to compare at
     epochs:positive=1, # over the train split
     batch:positive=32, # sentences per step
     jobs:positive=1, # runs at a time

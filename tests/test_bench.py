@@ -172,16 +172,17 @@ def test_a_process_of_its_own():
 # ---------------------------------------------------------------- equal shares
 
 def test_runs_at_equal_shares(data, inside, tmp_path):
-    "After all others, whole, with the first seed and the learning rate chosen for the method itself; blanks are told; the same call changes nothing."
+    "After all others, whole, seed by seed, with the learning rate chosen for the method itself; blanks are told; the same call changes nothing."
     out = tmp_path / "b"
     make = lambda **k: Bench(out, ("frozen", "lora"), dict(refshapes=data), towers=("tiny",), seeds=(0, 1), budget=Budget(batch=16, lrs=(1e-3,)), **dict(dict(shares=(.2, 1)), **k))
     first = make()
     assert first.scaled == ["lora-tiny@1%"] and list(first.blank) == ["lora-tiny@0.2%"] and "comes no nearer to 0.2 % than 0.50 % (lora rank 1)" in first.blank["lora-tiny@0.2%"]
     first.run()
-    assert inside[-1] == ("refshapes/lora-tiny@1%/seed0-lr0.001", True) and sum("@" in place for place, _ in inside) == 1
+    assert inside[-2:] == [(f"refshapes/lora-tiny@1%/seed{s}-lr0.001", True) for s in (0, 1)] and sum("@" in place for place, _ in inside) == 2
     found = bench.read_bench(out)
-    (r,) = [r for r in found if "@" in r["run"]["config"]]
-    assert r["whole"] and r["probe"] and r["seed"] == 0 and r["tuned"] == ledger(config("lora-tiny@1%"))["backbone"] and r["run"]["lr"] == bench.best_lr(found, "lora-tiny")
+    r, other = [r for r in found if "@" in r["run"]["config"]]
+    assert (r["seed"], other["seed"]) == (0, 1)
+    assert r["whole"] and r["probe"] and r["tuned"] == ledger(config("lora-tiny@1%"))["backbone"] and r["run"]["lr"] == bench.best_lr(found, "lora-tiny")
     before = files(out)
     make().run()
     assert files(out) == before
@@ -227,8 +228,11 @@ def test_the_figure_of_equal_shares_by_hand():
     assert list(lines["frozen-tiny, 0.0 %"].get_ydata()) == pytest.approx([40, 40]) # seed 0's, as the others are
     assert not two.lines and "nothing was run" in two.texts[0].get_text()
     line(lambda: bench.equal_figure(rows, "e"), "no runs on 'e'", "d")
-    ranges = bench.equal_figure([*rows, row("snf-tiny@2%", 1, .8, share=.02)], "d").axes[0].lines
-    assert any(list(l.get_ydata()) == pytest.approx([60, 80]) for l in ranges)
+    more = bench.equal_figure([*rows, row("snf-tiny@2%", 1, .8, share=.02)], "d").axes[0].lines
+    assert any(list(l.get_ydata()) == pytest.approx([60, 80]) for l in more) # a dot per seed
+    assert {l.get_label(): list(l.get_ydata()) for l in more}["snf-tiny (not at 0.5%, 1%)"] == pytest.approx([60]) # but the line of the seed that all have
+    apart = bench.equal_figure([*rows[:2], row("snf-tiny", 1, .5), row("lora-tiny", 0, .5), at("snf-tiny", "2", .6, 1), at("lora-tiny", "2", .4)], "d").axes[0].lines
+    assert {l.get_label(): list(l.get_ydata())[0] for l in apart}["frozen-tiny, 0.0 %"] == pytest.approx(30) # no seed is shared: all
     other = bench.equal_figure(rows, "d", "testB").axes[0]
     assert not other.lines and other.texts # no scores there: nothing to draw, nothing raised
 
