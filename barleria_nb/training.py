@@ -184,13 +184,13 @@ def git_commit(
 
 def hardware(
     device, # where the model is
-)->str: # such as "2 CPU threads, Intel(R) Xeon(R) Processor @ 2.50GHz"
+)->str: # such as "2 CPU threads, Intel(R) Xeon(R) Processor @ 2.50GHz, AVX512"
     "What the numbers were made on."
     kind = torch.device(device).type
     if kind == "cuda": return torch.cuda.get_device_name(device)
     try: name = next(l.split(":")[1].strip() for l in Path("/proc/cpuinfo").read_text().splitlines() if l.startswith("model name"))
     except (OSError, StopIteration): name = platform.processor() or platform.machine()
-    return f"{torch.get_num_threads()} CPU threads, {name}" if kind == "cpu" else f"{kind}, {name}"
+    return f"{torch.get_num_threads()} CPU threads, {name}, {torch.backends.cpu.get_cpu_capability()}" if kind == "cpu" else f"{kind}, {name}"
 
 
 def run_card(
