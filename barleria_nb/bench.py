@@ -64,10 +64,8 @@ def bench_run(
     whole:bool=True, # score all splits and probe; False: score val alone, enough to choose a learning rate
 )->dict: # what its file holds
     "Train, score, write one JSON file. What was done before is not done again; a run killed midway goes on where it was. A `BarleriaError` when the file was made with other data."
-    path, device = Path(out) / f"{run.place}.json", pick_device(budget.device)
-    row, data = _checked(path, run, budget) if path.exists() else None, RefSet.read(folder)
-    if row and row["data"] != data_name(data): raise BarleriaError(f"{path} was made with other data; choose another folder.")
-    if row and (row["whole"] or not whole): return row
+    path, device, data = Path(out) / f"{run.place}.json", pick_device(budget.device), RefSet.read(folder)
+    if (row := _made(path, run, budget, data_name(data))) and (row["whole"] or not whole): return row
     c, work = config(run.config, epochs=budget.epochs, batch=budget.batch, lr=run.lr), path.with_suffix("")
     row = row or _trained(run, c, data, work, budget, device)
     model, ways = load_tuned(work / "tuned.safetensors", device), dict(size=c.size, length=c.words, device=device)
@@ -77,6 +75,13 @@ def bench_run(
     row |= row["splits"].get("val", {}) | dict(whole=whole)
     write_json(path, row)
     return _checked(path)
+
+
+def _made(path, run, budget, data):
+    "The row of a run that was made before, None where there is none; a `BarleriaError` when it is another's or was made with other data."
+    row = _checked(path, run, budget) if path.exists() else None
+    if row and row["data"] != data: raise BarleriaError(f"{path} was made with other data; choose another folder.")
+    return row
 
 
 def _trained(run, c, data, work, budget, device):
@@ -129,9 +134,12 @@ class Bench:
         self.jobs, self.threads = jobs, threads or max(1, (os.cpu_count() or 1) // jobs)
         if not (self.names and self.folders and self.seeds and budget.lrs): raise BarleriaError("there is nothing to run; give methods, data, seeds and learning rates.")
         check_precision(budget.precision, pick_device(budget.device))
+        self.data = {}
         for name, folder in self.folders.items():
             if not name or name in (".", "..") or "/" in name or "\\" in name: raise BarleriaError(f"{str(name)[:60]!r} is no name for a data set; give its folder a plain name.")
-            if "val" not in (found := RefSet.read(folder).splits): raise BarleriaError(f"{name} has no split 'val' to compare on; it has {', '.join(found)}.")
+            data = RefSet.read(folder)
+            if "val" not in data.splits: raise BarleriaError(f"{name} has no split 'val' to compare on; it has {', '.join(data.splits)}.")
+            self.data[name] = data_name(data)
         self.scaled, self.blank = _at_shares(self.names, shares)
         self._same_budget()
 
@@ -160,7 +168,8 @@ class Bench:
             self._round([Run(data, n, seed, lr) for n in self.scaled if (lr := best_lr(self.rows, n))], whole=True)
 
     def _round(self, runs, whole):
-        "Some runs, several at a time."
+        "Some runs, several at a time; those that are there need no process."
+        runs = [r for r in runs if not self._there(r, whole)]
         pool, ways = ThreadPoolExecutor(self.jobs), dict(threads=self.threads, out=str(self.out), budget=_plain(self.budget), whole=whole)
         try:
             doing = {pool.submit(apart, "barleria_nb.bench._bench_task", run=asdict(r), folder=str(self.folders[r.data]), **ways): r for r in runs}
@@ -170,6 +179,15 @@ class Bench:
                 else:
                     if self.tell: self.tell(self.rows[-1])
         finally: pool.shutdown(cancel_futures=True)
+
+    def _there(self, run, whole):
+        "Is nothing left to do for a run? Then its row, or what is wrong with its file, is kept."
+        try: row = _made(self.out / f"{run.place}.json", run, self.budget, self.data[run.data])
+        except BarleriaError as e: self.failed.append(f"{run.place}: {e}"); return True
+        if not row or whole and not row["whole"]: return False
+        self.rows.append(row)
+        if self.tell: self.tell(row)
+        return True
 
 
 def _plain(x): return json.loads(json.dumps(asdict(x)))

@@ -73,6 +73,9 @@ def test_other_data_under_the_same_name(data, inside, tmp_path):
     line(make(other).run, "was made with other data")
     assert files(tmp_path / "b") == before
     for name in ("", ".", "..", "a/b"): line(lambda: make(data, name=name), "no name for a data set")
+    make(data).run()
+    assert len(inside) == 2 # what is there needs no process
+    (tmp_path / "b/refshapes/frozen-tiny/seed0-lr0.001.json").unlink()
     with FileLock(tmp_path / "b/refshapes/frozen-tiny/seed0-lr0.001.lock"): line(make(data).run, "another process makes refshapes/frozen-tiny")
 
 
