@@ -293,22 +293,27 @@ def spread_of(
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
-def _cost(row):
-    "Seconds of a run: on a CPU those of the processor, unknown for a run that was stopped and went on; else those of the clock."
-    return row.get("cpu") if row["budget"]["device"] == "cpu" else row["seconds"]
+def _costs(found):
+    "Seconds of a run by name, the median: on a CPU those of the processor, else those of the clock. Runs that were stopped and went on, and those on other hardware than most runs had, do not count; None where no other is left."
+    usual, costs = statistics.mode(r["hardware"] for s in found.values() for r in s.rows), {}
+    for name, s in found.items():
+        known = [c for r in s.rows if r["hardware"] == usual and (c := r.get("cpu") if r["budget"]["device"] == "cpu" else r["seconds"]) is not None]
+        costs[name] = statistics.median(known) if known else None
+    return costs
 
 
 def bench_table(
     rows, # from `read_bench`
     data:str, # name of a data set
 )->str: # a line per configuration
-    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (on a CPU the processor's seconds, where known); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
-    found, lines = _found(rows, data), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
+    "Scores in per cent (mean ± standard deviation over seeds), differences from `frozen` on the same towers in pairs, what is tuned, and what it took (on a CPU the processor's seconds, where known and on the hardware of most runs); `probe` is of all kinds of pairs, relations included, which only refshapesg teaches. A configuration whose learning rate is still being chosen has no differences, and only val."
+    found = _found(rows, data)
+    costs, lines = _costs(found), [("configuration", "tuned", "% of towers", "lr", "seeds", "mIoU val", "− frozen", "testA", "testB", "oIoU val", "Pr@0.5 val", "probe", "s", "GB")]
     for s in found.values():
         r, frozen = s.rows[0], found.get(f"frozen-{_plain_name(s.name).rpartition('-')[2]}")
         gain = s.against(frozen) if frozen and frozen is not s and r["whole"] and frozen.rows[0]["whole"] else [] # before that, learning rates are still being tried
         lines.append((s.name, f"{r['tuned']:,}", f"{100 * r['share']:.2f}", f"{r['run']['lr']:g}", str(len(s.rows)), spread_of(s.values().values()), spread_of(gain), *(spread_of(s.values(split=t).values()) for t in ("testA", "testB")),
-            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), f"{statistics.median(cost):.0f}" if (cost := [c for c in map(_cost, s.rows) if c is not None]) else "–", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
+            spread_of(s.values("oIoU").values()), spread_of(s.values("Pr@0.5").values()), spread_of(s.values("probe").values()), "–" if costs[s.name] is None else f"{costs[s.name]:.0f}", f"{r['memory'] / 1e9:.2f}" if r["memory"] else "–"))
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join(line[0].ljust(width[0]) + "  " + "  ".join(cell.rjust(w) for cell, w in zip(line[1:], width[1:])) for line in lines)
 
@@ -318,23 +323,23 @@ def bench_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # a row of three panels for each pair of towers, whose scores are not to be compared with another pair's
-    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. The names between the panels, best first, are the key to all three. Hollow: its learning rate is still being chosen. No dot in the middle: the time is not known, for the run was stopped and went on. Runs at equal shares have a figure of their own, `equal_figure`."
-    panels = {}
-    for s in _found(rows, data).values():
+    "mIoU against what is tuned and against the time a run takes, a point per configuration with its range over seeds, and the course of the runs of the first seed: the IoU of a batch in twenty before its correction, mean of the last five. The names between the panels, best first, are the key to all three. Hollow: its learning rate is still being chosen. No dot in the middle: the time is not known, for the runs were stopped and went on, or were made on other hardware than most. Runs at equal shares have a figure of their own, `equal_figure`."
+    found, panels = _found(rows, data), {}
+    for s in found.values():
         if "@" not in s.name and s.values(split=split): panels.setdefault(s.name.rpartition("-")[2], []).append(s)
     fig = Figure(figsize=(11, 3.4 * max(1, len(panels))), layout="constrained")
-    methods = list(dict.fromkeys(s.name.rpartition("-")[0] for found in panels.values() for s in found))
-    for axes, (towers, found) in zip(fig.subplots(max(1, len(panels)), 3, squeeze=False), panels.items()): _course(axes, towers, found, split, methods)
+    methods = list(dict.fromkeys(s.name.rpartition("-")[0] for there in panels.values() for s in there))
+    for axes, (towers, there) in zip(fig.subplots(max(1, len(panels)), 3, squeeze=False), panels.items()): _course(axes, towers, there, split, methods, _costs(found))
     return fig
 
 
-def _course(axes, towers, found, split, methods):
+def _course(axes, towers, found, split, methods, costs):
     "The panels of one pair of towers; each method has its colour by its place in `methods`."
     found = sorted(found, key=lambda s: -statistics.mean(s.values(split=split).values()))
     for k, s in enumerate(found):
         method = s.name.rpartition("-")[0]
         values, colour, row = [100 * v for v in s.values(split=split).values()], colormaps["tab20"](methods.index(method) % 20), s.rows[0]
-        for ax, x in ((axes[0], 100 * row["share"]), (axes[1], _cost(row))):
+        for ax, x in ((axes[0], 100 * row["share"]), (axes[1], costs[s.name])):
             if x is None: continue
             ax.plot([x, x], [min(values), max(values)], color=colour, lw=1)
             ax.plot(x, statistics.mean(values), "o", color=colour, mfc=colour if row["whole"] else "white", ms=5)

@@ -134,7 +134,17 @@ def test_mistakes_end_in_one_line_and_write_nothing(data, tmp_path, change, word
 
 def row(name, seed, score, lr=1e-3, **more):
     splits = dict(val=dict(mIoU=score, oIoU=score, **{"Pr@0.5": score}), testA=dict(mIoU=score + .1))
-    return dict(dict(format=BENCH, run=dict(data="d", config=name, seed=seed, lr=lr), budget=dict(device="cpu"), seed=seed, splits=splits, mIoU=score, whole=True, probe=None, tuned=10, share=.01, seconds=3., memory=None), **more)
+    return dict(dict(format=BENCH, run=dict(data="d", config=name, seed=seed, lr=lr), budget=dict(device="cpu"), seed=seed, splits=splits, mIoU=score, whole=True, probe=None, tuned=10, share=.01, seconds=3., memory=None, hardware="one"), **more)
+
+
+def test_times_are_of_one_kind_of_machine():
+    "Seconds of other hardware than most runs had are not set beside theirs, in the table and in the figure."
+    rows = [row("snf-tiny", 0, .5, cpu=7.), row("snf-tiny", 1, .5, cpu=50., hardware="two"), row("lora-tiny", 0, .5, cpu=60., hardware="two"), row("etris-tiny", 0, .5, cpu=9.)]
+    rows = [r | dict(curve=[[k, 1., .1] for k in range(1, 7)]) for r in rows]
+    took = {l.split()[0]: l.split()[-2] for l in bench.bench_table(rows, "d").splitlines()}
+    assert took == dict(configuration="s") | {"snf-tiny": "7", "lora-tiny": "–", "etris-tiny": "9"}
+    dots = [l.get_xdata()[0] for l in bench.bench_figure(rows, "d").axes[1].lines if l.get_marker() == "o"]
+    assert sorted(dots) == [7, 9]
 
 
 def test_a_run_that_was_stopped_has_no_time():
