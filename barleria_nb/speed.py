@@ -131,25 +131,36 @@ def three_gelus(
 @contextmanager
 def slow_adam(
     model:nn.Module, # not changed
-    adam:torch.optim.Optimizer, # tensor by tensor for a while
+    adam:torch.optim.Optimizer, # computes as PyTorch chooses for a while
 ):
     "Adam in a dozen passes over each tensor."
+    def count(on): # only fused, its steps are counted where the weights are
+        for p, kept in adam.state.items():
+            if "step" in kept: kept["step"] = kept["step"].to(on or p.device)
     before = [g["fused"] for g in adam.param_groups]
-    for g in adam.param_groups: g["fused"] = False
+    for g in adam.param_groups: g["fused"] = None
+    count("cpu")
     try: yield
     finally:
         for g, fused in zip(adam.param_groups, before): g["fused"] = fused
+        count(None)
 
 
 @contextmanager
 def channels_last(
     model:nn.Module, # its head is laid out anew for a while
-    adam:torch.optim.Optimizer, # not changed
+    adam:torch.optim.Optimizer, # what it keeps of the head, too
 ):
     "The head's convolutions with the channels innermost in memory."
-    model.head.to(memory_format=torch.channels_last)
+    def lay(form):
+        model.head.to(memory_format=form) # weights and gradients; on a GPU fused Adam wants its means laid out as they are
+        for p in model.head.parameters():
+            kept = adam.state.get(p, {})
+            for k in ("exp_avg", "exp_avg_sq"):
+                if p.ndim == 4 and k in kept: kept[k] = kept[k].to(memory_format=form)
+    lay(torch.channels_last)
     try: yield
-    finally: model.head.to(memory_format=torch.contiguous_format)
+    finally: lay(torch.contiguous_format)
 
 
 @contextmanager
@@ -164,7 +175,7 @@ def mkl(
 @contextmanager
 def plain(
     model:nn.Module, # not changed
-    adam:torch.optim.Optimizer, # tensor by tensor for a while
+    adam:torch.optim.Optimizer, # computes as PyTorch chooses for a while
 ):
     "All four tricks off."
     with written_attention(model, adam), three_gelus(model, adam), slow_adam(model, adam): yield
@@ -217,6 +228,7 @@ def _autocast(device, precision):
 
 def _made(config, device, recompute=False, compile=False):
     "Model, Adam and a batch in this process."
+    torch.backends.cudnn.allow_tf32 = False # convolutions of 32 bits, as the products of `matmul_peak` are
     c, device = Config(**config), torch.device(device)
     model = build_model(c).to(device)
     model.encoder.recompute = recompute
@@ -266,6 +278,12 @@ def step_speed(
     return {w: row | dict(ratio=row["best"] / first) for w, row in found.items()}
 
 # %% ../nbs/train/25_speed.ipynb #88401ad6
+def _operations(events, gpu):
+    "(name, seconds, calls), longest first. A GPU's kernels have rows of their own, whose time is in the rows of the operations already."
+    spent = lambda e: (e.self_device_time_total if gpu else e.self_cpu_time_total) / 1e6
+    return sorted(((e.key, spent(e), e.count) for e in events if e.device_type == torch.autograd.DeviceType.CPU), key=lambda r: -r[1])
+
+
 def _profile_task(config, device, precision, top):
     "What `step_profile` does in its process."
     c, device, model, adam, batch = _made(config, device)
@@ -275,8 +293,7 @@ def _profile_task(config, device, precision, top):
         with torch.profiler.profile(activities=kinds) as seen:
             _one_step(model, adam, batch, device, precision)
             _clock(device)
-    spent = lambda e: (e.self_device_time_total if device.type == "cuda" else e.self_cpu_time_total) / 1e6
-    rows = sorted(((e.key, spent(e), e.count) for e in seen.key_averages()), key=lambda r: -r[1])
+    rows = _operations(seen.key_averages(), device.type == "cuda")
     return dict(total=sum(r[1] for r in rows), rows=[dict(name=n, seconds=s, calls=k) for n, s, k in rows[:top]])
 
 

@@ -2,10 +2,13 @@
 import json
 import shutil
 import threading
+from dataclasses import asdict
 
 import pytest
 import torch
 from common import line
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from barleria_nb import core, speed
 from barleria_nb.backbones import QuickMLP
@@ -52,6 +55,65 @@ def test_every_way_computes_the_same_and_leaves_no_trace(way):
     assert QuickMLP.forward is forward
     assert (a - b).norm() < 1e-4 * a.norm() and (x - y).abs().max() < 2.1e-3 # one step of Adam moves by at most lr
     assert torch.equal(gradient("here")[0], a)
+
+
+def unlike(t, u):
+    "Whether two tensors lie differently in memory."
+    return t.shape != u.shape or any(n > 1 and a != b for n, a, b in zip(t.shape, t.stride(), u.stride()))
+
+
+def test_weights_gradients_and_means_lie_alike_in_every_way_and_after_it():
+    model = build_model(TINY)
+    adam, batch, seen = optimiser(model, 1e-3), speed.random_batch(TINY), {}
+    wide = [p for p in model.head.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[2] > 1]
+    def alike(): return all(not unlike(p, t) for p, kept in adam.state.items() for t in (p.grad, kept["exp_avg"], kept["exp_avg_sq"]))
+    for way in ("here", "channels_last", "plain", "channels_last", "here"):
+        before = [(kept["exp_avg"].clone(), kept["exp_avg_sq"].clone()) for kept in adam.state.values()]
+        with speed.measured(way, model, adam):
+            assert alike() and all(p.is_contiguous(memory_format=torch.channels_last) == (way == "channels_last") for p in wide)
+            assert all(torch.equal(m, kept["exp_avg"]) and torch.equal(v, kept["exp_avg_sq"]) for (m, v), kept in zip(before, adam.state.values()))
+            speed._one_step(model, adam, batch, torch.device("cpu"), "no")
+            assert alike()
+        assert alike() and all(p.is_contiguous() for p in wide)
+    model = build_model(TINY)
+    with speed.channels_last(model, adam := optimiser(model, 1e-3)): speed._one_step(model, adam, batch, torch.device("cpu"), "no") # means are made inside
+    assert wide and adam.state and alike()
+
+
+class Count:
+    "A step of Adam's that says where it is."
+    def __init__(self, device): self.device = str(device)
+    def to(self, device): return Count(device)
+
+
+@pytest.mark.parametrize("way", ["slow_adam", "plain"])
+def test_without_fusing_pytorch_chooses_and_adams_steps_are_counted_on_the_cpu(way):
+    there, made, idle = (torch.nn.Parameter(torch.zeros(2, device="meta")) for _ in range(3))
+    adam = torch.optim.Adam([there, made, idle], fused=True)
+    adam.state[there] = dict(step=Count("meta"))
+    for _ in range(2):
+        with speed.WAYS[way](None, adam):
+            assert adam.param_groups[0]["fused"] is adam.param_groups[0]["foreach"] is None and adam.state[there]["step"].device == "cpu"
+            adam.state.setdefault(made, dict(step=Count("cpu"))) # as Adam's first step makes it
+        assert adam.param_groups[0]["fused"] is True and idle not in adam.state
+        assert all(kept["step"].device == "meta" for kept in adam.state.values())
+
+
+def test_a_profile_counts_a_gpus_time_once():
+    event = lambda name, end, kind: FunctionEvent(id=1, name=name, thread=1, start_us=0, end_us=end, use_device="cuda", stack=[], input_shapes=[], device_type=kind)
+    product, kernel, small = event("aten::mm", 10, DeviceType.CPU), event("sm90_gemm", 100, DeviceType.CUDA), event("aten::view", 20, DeviceType.CPU)
+    product.append_kernel(kernel.name, 0, 100)
+    small.thread = 2
+    events = EventList([product, kernel, small], use_device="cuda")
+    events._build_tree()
+    assert speed._operations(events.key_averages(), True) == [("aten::mm", 1e-4, 1), ("aten::view", 0., 1)]
+    assert speed._operations(events.key_averages(), False) == [("aten::view", 2e-5, 1), ("aten::mm", 1e-5, 1)]
+
+
+def test_convolutions_are_measured_without_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    speed._made(asdict(TINY), "cpu")
+    assert torch.backends.cudnn.allow_tf32 is False
 
 
 @pytest.mark.skipif(not core.can_onednn(), reason="onednn changes nothing here")
