@@ -74,7 +74,7 @@ def told(
 ):
     "Run the body; what goes wrong in it becomes one line on the error stream and exit code 1."
     with warnings.catch_warnings():
-        if not debug: warnings.simplefilter("ignore"), warnings.filterwarnings("default", category=UserWarning, module="barleria_nb")
+        if not debug: warnings.simplefilter("ignore"), [warnings.filterwarnings("default", category=UserWarning, module=m) for m in ("barleria_nb", r"torch\.cuda")]
         warnings.showwarning = lambda message, *_, **__: note(f"{command}: {message}")
         try:
             with first_only(): yield
@@ -261,6 +261,7 @@ def barleria_train(
     "Train a configuration on the split `train`; `val` chooses the epoch that is kept. Also under `accelerate launch` or `torchrun`."
     with told("barleria_train", debug, "stopped; the same command goes on from the last saved state."):
         from barleria_nb import model, training
+        from barleria_nb.core import pick_device
         changes = {k: v for k, v in dict(epochs=epochs, batch=batch, lr=lr, words=words, pretrained=pretrained or None).items() if v is not None}
         settings = model.config(config, train_positions, **changes)
         if not settings.pretrained: note(f"the frozen towers of {config} hold random numbers; --pretrained takes the published ones.")
@@ -268,6 +269,7 @@ def barleria_train(
         report(refset, settings.words)
         val = "val" if "val" in refset.splits else None
         if not val: note(f"{data} has no split 'val': the last epoch is kept.")
+        print(f"training on {training.hardware(pick_device(device))}")
         card = training.train(settings, refset, out, seed=seed, val=val, val_refs=val_refs, shuffle_sentences=shuffle_sentences, device=device,
             precision=precision, workers=workers, accumulate=accumulate, recompute=recompute, compile=compile, save_steps=save_steps, skip=skip, unreadable=unreadable,
             progress=on_screen(), tell=Teller(settings.epochs), logger=logger)

@@ -459,8 +459,9 @@ class RefDataset(Dataset):
         seed:int=0, # of the draws
         cache:int=2**30, # keep this many bytes of ready images in memory
         spare:bool=False, # where a picture cannot be read, show the next ref whose picture can, and name the lost one; False: a `BarleriaError`
+        masks:bool=True, # an item has its mask in the square; scoring, which counts in the image's own pixels, needs none
     ):
-        self.refset, self.size, self.train, self.seed, self.epoch, self.spare = refset, size, train, seed, 0, spare
+        self.refset, self.size, self.train, self.seed, self.epoch, self.spare, self.masks = refset, size, train, seed, 0, spare, masks
         self.refs = [(r, None) for r in refset] if train else [(r, s) for r in refset for s in r.sentences]
         texts = [s for r in refset for s in r.sentences]
         self.tokens = tokenize([s.text for s in texts], length)
@@ -497,18 +498,18 @@ class RefDataset(Dataset):
 
     def item(self,
         i:int, # item
-    )->dict: # image, mask, ids, words, index, height, width; lost: index of the ref it stands in for, or −1
+    )->dict: # image, mask if there are masks, ids, words, index, height, width; lost: index of the ref it stands in for, or −1
         "Make item `i`, or raise a `BarleriaError` that names what is wrong with it."
         ref, sentence = self.pair(i)
         box, row = Letterbox(ref.height, ref.width, self.size), self.row[sentence]
-        return dict(image=self._image(ref, box), mask=torch.from_numpy(box.mask(self.refset.mask(ref))), ids=self.tokens.ids[row], words=self.tokens.words[row],
-            index=i, height=ref.height, width=ref.width, lost=-1)
+        mask = dict(mask=torch.from_numpy(box.mask(self.refset.mask(ref)))) if self.masks else {}
+        return dict(image=self._image(ref, box), **mask, ids=self.tokens.ids[row], words=self.tokens.words[row], index=i, height=ref.height, width=ref.width, lost=-1)
 
 # %% ../nbs/01_data.ipynb #46fb67fb
 def collate(
     items, # list of B items of a `RefDataset`
-)->dict: # image (B,3,S,S) uint8, mask (B,1,S,S) float32, ids and words (B,L), index, height, width and lost (B,)
+)->dict: # image (B,3,S,S) uint8, mask (B,1,S,S) float32 if the items have one, ids and words (B,L), index, height, width and lost (B,)
     "Stack items to a batch."
     stack = lambda k: torch.stack([x[k] for x in items]) if isinstance(items[0][k], Tensor) else torch.tensor([x[k] for x in items])
     batch = {k: stack(k) for k in items[0]}
-    return batch | dict(mask=batch["mask"][:, None])
+    return batch | dict(mask=batch["mask"][:, None]) if "mask" in batch else batch

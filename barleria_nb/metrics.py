@@ -206,7 +206,7 @@ def evaluate(
     Sigmoid, one bilinear `Letterbox.inverse`, threshold, whole-number counts. The model is put into eval mode and back.
     A `BarleriaError` when the logits have another shape or are not finite, or when an image cannot be read."""
     if not 0 <= threshold <= 1: raise BarleriaError(f"a threshold of {threshold} is no probability; take one from 0 to 1.")
-    data = RefDataset(refset, size, length)
+    data = RefDataset(refset, size, length, masks=False)
     cut = f", {data.tokens.truncated} sentences cut" if data.tokens.truncated else ""
     scores = Scores(protocol=f"{refset.name}, every sentence once, own pixels, sigmoid > {threshold:g}, {size} px, {length} word pieces{cut}")
     was_training = isinstance(model, nn.Module) and model.training

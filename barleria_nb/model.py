@@ -278,9 +278,9 @@ def build_model(
     _is_config(config)
     if type(seed) is not int or not 0 <= seed < 2**63: raise BarleriaError(f"seed is {_shown(seed)}; give a whole number from 0 to below 2**63.")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0) # and not `torch.manual_seed`, which would seed the GPUs as well
         towers = build_encoder(config.backbone, pretrained=config.pretrained)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         tuners = [TUNERS[kind](**arguments) for kind, arguments in config.tuners]
         encoder = DualEncoder(towers.visual, towers.text, tuners, towers.name, towers.taps, towers.padding or any(getattr(t, "padding", False) for t in tuners))
         head = Head(encoder.dims, encoder.text.width, encoder.joint, **config.head, side=config.gst and config.gst["dim"])

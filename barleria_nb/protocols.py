@@ -208,7 +208,7 @@ def score_model(
     protocols = [protocols] if isinstance(protocols, Protocol) else list(protocols)
     picks = {(p.sentences, p.seed): {s.sent_id: s.text for r in refset for s in p.pick(r)} for p in protocols}
     picked = [set(picks[p.sentences, p.seed]) for p in protocols]
-    data = RefDataset(_with_sentences(refset, set().union(*picked)), size, length)
+    data = RefDataset(_with_sentences(refset, set().union(*picked)), size, length, masks=False)
     cut = {k: f", {n} sentences cut" if texts and (n := tokenize(list(texts.values()), length).truncated) else "" for k, texts in picks.items()}
     scores = [ProtocolScores((), f"{refset.name}, {', '.join(p.words())}, {size} px, {length} word pieces{cut[p.sentences, p.seed]}", p) for p in protocols]
     with onednn(), _evaluating(model), torch.inference_mode():

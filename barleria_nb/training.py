@@ -279,6 +279,7 @@ def check_precision(
     "A `BarleriaError` for a precision that is unknown, or that this device has not."
     if precision not in PRECISIONS: raise BarleriaError(f"precision '{precision}' is unknown; use {', '.join(PRECISIONS)}.{near(precision, PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu": raise BarleriaError("precision fp16 needs a GPU; use bf16 or no on a CPU.")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False): raise BarleriaError("this GPU only imitates bf16, slowly; use fp16 or no.")
 
 
 def accelerator(
@@ -304,7 +305,7 @@ def explained(
     except (RuntimeError, MemoryError) as e:
         said = " ".join(str(e).split())
         if isinstance(e, (torch.OutOfMemoryError, MemoryError)) or any(w in said for w in ("allocate memory", "not enough memory", "out of memory")):
-            raise BarleriaError(f"out of memory at a batch of {batch}; compute it in parts (--accumulate 2, 4 …), recompute activations (--recompute), use --precision bf16, or lower --batch.") from e
+            raise BarleriaError(f"out of memory at a batch of {batch}; recompute activations (--recompute) or use --precision bf16, which changes little or nothing; else compute it in parts (--accumulate 2, 4 …), or lower --batch.") from e
         if "DataLoader worker" in said: raise BarleriaError(f"a loading process died ({said[:160]}); it may have run out of memory: lower --workers, or --workers 0 to see the cause.") from e
         raise
 
@@ -603,8 +604,8 @@ class Trainer(Keeper):
 
     def score(self, epoch):
         "Score the epoch's model on the judge, in 32 bits."
-        c = self.loop.config
-        score = evaluate(self.loop.model, self.judge, size=c.size, length=c.words, device=self.loop.device, progress=False, shared=self.loop.world > 1).summary()
+        c, batch = self.loop.config, max(1, 64 // self.loop.accumulate)
+        with explained(batch): score = evaluate(self.loop.model, self.judge, size=c.size, length=c.words, batch=batch, device=self.loop.device, progress=False, shared=self.loop.world > 1).summary()
         self.folder.log(dict(epoch=epoch, step=(epoch + 1) * self.loop.epoch_steps, **{f"val_{k}": v for k, v in score.items()}))
         return score
 

@@ -79,6 +79,7 @@ def test_help(command, tmp_path):
 
 def test_train_then_eval_then_segment(shop):
     assert shop.done.returncode == 0, shop.done.stderr
+    assert shop.done.stdout.startswith("training on ") and "CPU threads" in shop.done.stdout.splitlines()[0]
     assert "best on val" in shop.done.stdout and "epoch 2/2" in shop.done.stdout
     assert not error_lines(shop.done.stderr)
     assert {p.name for p in shop.run.iterdir()} == {"tuned.safetensors", "run.json", "log.jsonl", "log.csv"}
@@ -268,6 +269,14 @@ def test_problems_in_the_data_are_reported(shop, tmp_path, capsys):
     assert json.loads(seen.out)["n"] == sum(len(r["sentences"]) for r in mine[1:])
     first, second, third = error_lines(seen.err)
     assert first.startswith("1 problem") and f"ref {mine[0]['ref_id']}" in second and third.startswith("1 of ")
+
+
+def test_what_torch_says_of_the_gpu_is_passed_on(capsys):
+    "A driver that is too old would else mean a run on the processor without a word; other libraries' warnings stay out."
+    import warnings
+    with cli.told("barleria_train"):
+        for module in ("torch.cuda", "torch.nn.functional"): warnings.warn_explicit(f"a word from {module}", UserWarning, "file.py", 1, module)
+    assert capsys.readouterr().err == "barleria_train: a word from torch.cuda\n"
 
 
 # ---------------------------------------------------------------------------------------------------------------- larger pieces

@@ -459,6 +459,8 @@ def test_batches(spoil):
     shapes = {k: (tuple(v.shape), v.dtype) for k, v in batch.items()}
     assert shapes["image"] == ((4, 3, 32, 32), torch.uint8) and shapes["mask"] == ((4, 1, 32, 32), torch.float32)
     assert shapes["ids"] == ((4, 9), torch.int64) and shapes["words"] == ((4, 9), torch.bool)
+    bare = collate([RefDataset(data, 32, 9, masks=False)[i] for i in range(4)])
+    assert bare.keys() == batch.keys() - {"mask"} and torch.equal(bare["image"], batch["image"])
     assert batch["index"].tolist() == [0, 1, 2, 3] and batch["height"].tolist() == [10] * 4
     drawn = []
     for epoch in range(12):

@@ -122,6 +122,15 @@ def test_ledger_does_not_touch_random_numbers_or_memory():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_building_leaves_all_generators_alone(monkeypatch):
+    "Those of GPUs too, which `torch.manual_seed` would seed."
+    def seeded(seed): raise AssertionError("the caller's GPU generators were seeded")
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded)
+    before = torch.random.get_rng_state()
+    build_model(config("snf-tiny"), 3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
 # ---------------------------------------------------------------- equal shares
 
 @pytest.mark.parametrize("method, kind, knob, step, most", [("adapter", "adapter", "width", 1, 14), ("lora", "lora", "rank", 1, 6), ("etris", "bridger", "width", 4, 24), ("snf", "snf", "length", 1, 13), ("dcris-ta", "textadapter", "down", 1, 26)])

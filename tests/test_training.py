@@ -81,6 +81,14 @@ def test_finished_run_is_returned_as_it_is(data, whole, monkeypatch):
     assert contents(whole) == before
 
 
+def test_bf16_that_a_gpu_only_imitates(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: asked.append(including_emulation))
+    line(lambda: training.check_precision("bf16", torch.device("cuda")), "only imitates bf16", "fp16")
+    assert asked == [False]
+    training.check_precision("bf16", torch.device("cpu")), training.check_precision("fp16", torch.device("cuda"))
+
+
 @pytest.mark.parametrize("changes", [dict(seed=1), dict(lr=1e-2), dict(epochs=4), dict(val=None), dict(precision="bf16"), dict(shuffle_sentences=True), dict(name="snf-tiny"), dict(val_refs=1)])
 def test_other_settings_are_refused(data, whole, changes):
     before = contents(whole)
