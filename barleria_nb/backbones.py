@@ -13,7 +13,7 @@ __all__ = ['KEYS', 'IDS', 'HOOKS', 'TINY', 'TINY_DINO', 'CLIPS', 'DINOS', 'DETRI
 
 # %% ../nbs/03_backbones.ipynb #5e62dc0a
 # Imports core, data, shapes. Network and the hub's cache only for published towers; writes only in `save_tiny_clip` and `save_tiny_dino`.
-import hashlib, os, pickle, pickletools, warnings, zipfile
+import hashlib, math, os, pickle, pickletools, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -23,14 +23,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME
 from open_clip.transformer import QuickGELU, ResidualAttentionBlock
 from open_clip.transformer import VisionTransformer as ClipVision
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from timm.layers import resample_abs_pos_embed
 from timm.models.eva import Eva, EvaAttention, EvaBlock
 from timm.models.vision_transformer import Attention as TimmAttention
 from timm.models.vision_transformer import Block as TimmBlock
@@ -689,12 +688,39 @@ def _clip(name, size=None, state=None):
     config = open_clip.get_model_config(name)
     kind = open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP
     if size is not None: config["vision_cfg"]["image_size"] = size
-    model, table = kind(**config), "visual.positional_embedding"
+    model, trunk = kind(**config), None
+    if hasattr(model.visual, "trunk"):
+        trunk = model.visual.trunk
+        if size is not None: model.visual.set_input_size(size)
     if state is not None:
-        if table in state: state = state | {table: resample_abs_pos_embed(state[table][None], list(model.visual.grid_size))[0]}
-        model.load_state_dict(state)
-    if size is not None and hasattr(model.visual, "trunk"): model.visual.set_input_size(size)
+        k, grid = ("visual.trunk.pos_embed", trunk.patch_embed.grid_size) if trunk else ("visual.positional_embedding", model.visual.grid_size)
+        table = _resampled(state[k].reshape(1, -1, state[k].shape[-1]), grid, 1)
+        model.load_state_dict(state | {k: table if trunk else table[0]})
     return model
+
+def _resampled(table, grid, prefix=0):
+    "A table (1, prefix + side², C) of positions for another grid, as timm resamples it: bicubic with antialiasing."
+    front, cells = table[:, :prefix], table[:, prefix:]
+    side = int(cells.shape[1]**.5)
+    if list(grid) == [side, side]: return table
+    def weights(n):
+        wide = max(side / n, 1)
+        rows = [[_cubic((j + .5 - (i + .5) * side / n) / wide, -.5) for j in range(side)] for i in range(n)]
+        return [[w / math.fsum(row) for w in row] for row in rows]
+    return torch.cat((front, _weigh(cells, *map(weights, grid))), 1)
+
+def _cubic(x, a):
+    "The bicubic kernel at x (Keys 1981)."
+    x = abs(x)
+    return ((a + 2) * x - (a + 3)) * x * x + 1 if x <= 1 else a * (((x - 5) * x + 8) * x - 4) if x < 2 else 0.
+
+def _weigh(cells, rows, columns):
+    "Weigh the rows, then the columns of a table (1, side², C) in float64, one product after the other. Not by `F.interpolate`: its last bits differ between processors, and the fingerprint of the towers with them."
+    x = rearrange(cells.double(), "1 (h w) c -> h w c", w=len(columns[0]))
+    for weights in (rows, columns):
+        weights = torch.tensor(weights, dtype=x.dtype, device=x.device)
+        x = sum(w[:, None, None] * line for w, line in zip(weights.T, x)).transpose(0, 1)
+    return rearrange(x, "h w c -> 1 (h w) c").to(cells.dtype)
 
 # %% ../nbs/03_backbones.ipynb #7aef45e3
 def clip_encoder(
@@ -716,16 +742,20 @@ def _dino(name, size=None, state=None, released=False):
     model = timm.create_model(name, pretrained=False, num_classes=0, init_values=1., **({} if size is None else dict(img_size=size)))
     if state is None: return model
     table, grid = state["pos_embed"], list(model.patch_embed.grid_size)
-    if grid != [int(table.shape[1]**.5)] * 2: table = _released_positions(table, grid) if released else resample_abs_pos_embed(table, grid, num_prefix_tokens=0)
+    if grid != [int(table.shape[1]**.5)] * 2: table = (_released_positions if released else _resampled)(table, grid)
     model.load_state_dict(state | dict(pos_embed=table))
     return model
 
 def _released_positions(table, grid):
     "Bicubic without antialiasing, by a factor a tenth of a cell too large, as DINOv2's first release did it and DETRIS does."
     side = int(table.shape[1]**.5)
-    cells = rearrange(table, "b (h w) c -> b c h w", h=side)
-    cells = F.interpolate(cells, scale_factor=tuple((n + .1) / side for n in grid), mode="bicubic")
-    return rearrange(cells, "b c h w -> b (h w) c")
+    def weights(n):
+        rows = [[0.] * side for _ in range(n)]
+        for i, row in enumerate(rows):
+            at = (i + .5) * side / (n + .1) - .5
+            for j in range(math.floor(at) - 1, math.floor(at) + 3): row[min(max(j, 0), side - 1)] += _cubic(at - j, -.75)
+        return rows
+    return _weigh(table, *map(weights, grid))
 
 def dino_encoder(
     name:str="vit_base_patch14_reg4_dinov2", # or "vit_large_patch14_reg4_dinov2": timm's names
@@ -810,6 +840,16 @@ def _cached(name, revision, cache=None):
     path = try_to_load_from_cache(*hub_place(name), cache, revision)
     return Path(path) if isinstance(path, str) else None
 
+def _elsewhere(name, cache=None):
+    "The published file under any revision in the hub's cache on this machine, `main` first, or None; what is another file is told and left."
+    (repository, file), published = hub_place(name), WEIGHTS[name]["sha256"]
+    if not published: return None
+    folder = Path(cache or constants.HF_HUB_CACHE)/f"models--{repository.replace('/', '--')}"/"snapshots"
+    found = [p for p in (_cached(name, "main", cache), *sorted(folder.glob(f"*/{file}"))) if p and p.is_file()]
+    for path in {p.resolve(): p for p in found}.values():
+        if (digest := fingerprint(path)) == published: return path
+        warnings.warn(f"{path} is not the published file of '{name}' (its SHA-256 is {digest}); it is not read.")
+
 def _fetch(name, revision, cache):
     "The hub's file, over the network; one line when it cannot be had."
     (repository, file), why = hub_place(name), "the hub cannot be reached"
@@ -829,10 +869,13 @@ def find_weights(
     cache=None, # a folder in place of the hub's own cache
 )->Path: # a file
     """Find the weights of a CLIP or a DINOv2: your own file in `weights_folder()`, else the hub's, fetched once. A `BarleriaError` says what to fetch and where to put it.
-    Where a sum is published, the file is hashed: a pinned one that differs is refused, your own or another revision's is read with a warning."""
+    Where a sum is published, the file is hashed: a pinned one that differs is refused, your own or another revision's is read with a warning.
+    Without `revision`, the hub's cache may hold the published file under any revision; it is known by its sum."""
     _known(name, list(WEIGHTS))
     own, at = _own(name), revision or WEIGHTS[name]["revision"]
-    path = own or _cached(name, at, cache) or _fetch(name, at, cache)
+    path = own or _cached(name, at, cache)
+    if not path and revision is None and (path := _elsewhere(name, cache)): return path # hashed there
+    path = path or _fetch(name, at, cache)
     published = WEIGHTS[name]["sha256"]
     if published and (digest := fingerprint(path)) != published:
         if not own and revision is None:

@@ -206,6 +206,8 @@ def test_released_positions_by_hand(grid):
     down, across = (rows(n, 37, (n + .1) / 37) for n in grid)
     want = torch.einsum("ih,jw,hwc->ijc", down, across, table()[0].view(37, 37, 3)).flatten(0, 1)
     torch.testing.assert_close(_released_positions(table(), list(grid))[0], want, rtol=0, atol=1e-6)
+    theirs = F.interpolate(table().view(1, 37, 37, 3).permute(0, 3, 1, 2), scale_factor=tuple((n + .1) / 37 for n in grid), mode="bicubic")
+    torch.testing.assert_close(_released_positions(table(), list(grid))[0], theirs[0].flatten(1).T, rtol=0, atol=1e-12)
 
 
 def test_released_positions_differ_from_the_official():
