@@ -10,7 +10,7 @@ __all__ = ['SETS', 'UNION', 'PLACES', 'GREF', 'NAMES', 'LOST', 'DEFAULT', 'MEASU
 
 # %% ../nbs/train/24_refcoco.ipynb #8975d88f
 # Imports bench, papers, refcoco, speed and what is below. Writes the ledger, and the run of `reproduce`.
-import csv, io, json
+import csv, io, json, re
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +20,7 @@ from .bench import spread_of, summaries
 from .core import BarleriaError, asset, atomic, near, read_json
 from .data import RefSet
 from .inference import Segmenter
-from .metrics import evaluate
+from .metrics import THRESHOLD, evaluate
 from .model import Config, config
 from .owndata import LEAKY
 from .papers import READ, paper_counts, paper_rows
@@ -153,14 +153,19 @@ def _said(r):
 def origins(
     recipe:Recipe, # from `recipes`
 )->list: # of `Origin`
-    "Every setting of a recipe: printed, released, or chosen here, and why."
+    "The settings of a recipe, of its pictures and of its scores: printed, released, or chosen here, and why."
     c, said = recipe.config(), _said(recipe)
+    theirs = "not antialiased, by a factor a tenth of a cell too large" if c.backbone.startswith("dino") else "anew in every pass" if c.backbone.startswith("eva02") else "not antialiased"
     found = [Origin(k, str(dict(towers=c.backbone).get(k, getattr(c, k, None))), *said[k]) for k in ("towers", "size", "words", "epochs", "batch", "lr", "drop")]
     sizes = ("here", "sizes that give the printed count") if c.tuners and recipe.configuration.split("-")[0] in ("adapter", "compacter", "lora", "etris") else ("printed", "what is silent follows from the counts")
     found += [Origin("tuners", ", ".join(kind for kind, _ in c.tuners) or "none", *sizes), Origin("optimiser", "Adam", "printed", "betas and no decay as released: PyTorch's own"), Origin("augmentation", "none", "released", "the papers name none"),
         Origin("positions", "frozen" if not any(k == "full" for k, _ in c.tuners) else "the image tower's train", "printed", "both encoders are frozen; the released code trains the tables"),
-        Origin("precision", "bf16", "here", "the released code: fp16, which older GPUs need"), Origin("epoch kept", "best val mIoU", "here", "over all sentences; released: the first of each object, and testB for RefCOCO+"),
-        Origin("seed", "0", "released", "one run; the papers name none")]
+        Origin("precision", "bf16", "here", "the released code: fp16, which GPUs without bf16 need (Turing, such as the T4)"), Origin("epoch kept", "best val mIoU", "here", "over all sentences; released: the first of each object, and testB for RefCOCO+"),
+        Origin("seed", "0", "released", "one run; the papers name none"), Origin("an epoch", "a sentence of each object", "released", "the papers do not say"),
+        Origin("letterbox", "centred, smoothed", "here", "released: warped without the half-pixel shift, not smoothed; the papers name the size alone"),
+        Origin("colours", "CLIP's mean and spread", "released", "the papers name none" + "; DINOv2 itself learned with ImageNet's" * c.backbone.startswith("dino")),
+        Origin("resampling", "bicubic, antialiased", "here", f"of the position table, as open_clip and timm do; released: bicubic, {theirs}"),
+        Origin("threshold", str(THRESHOLD), "released", "the papers name none"), Origin("way back", "bilinear, one step", "here", "to the image's own pixels; released: there, too, but bicubic to the square, then a cubic warp")]
     if recipe.data == "mixed": found.append(Origin("union", "without held-out images", "here", "neither paper says that it left them out"))
     return found
 
@@ -177,7 +182,7 @@ def _fetch(data, as_published=False):
 def _train(r, as_published=False):
     "The line that trains."
     c = r.config()
-    return f"barleria_train {r.configuration} --data {_folder(r.data, as_published)} --out {_out(r, as_published)} --words {c.words} --epochs {c.epochs} --batch {c.batch} --lr {c.lr:g} --pretrained --precision bf16"
+    return f"barleria_train {r.configuration} --data {_folder(r.data, as_published)} --out {_out(r, as_published)} --words {c.words} --epochs {c.epochs} --batch {c.batch} --lr {c.lr:g} --pretrained --precision bf16 --workers 8"
 
 
 def _out(r, as_published=False): return f"runs/{r.run}" + LEAKY * (as_published and r.data == "mixed")
@@ -409,11 +414,14 @@ def reproduce(
     device="auto", # see `pick_device`
     precision:str="bf16", # as for `train`
     workers:int=0, # as for `train`
+    accumulate:int=1, # as for `train`
+    recompute:bool=False, # as for `train`
+    compile:bool=False, # as for `train`
     progress:bool=True, # show bars
 )->tuple: # card of the run; {(set, split): summary}
     "Train a recipe and score it on all its cells; a stopped run goes on, a finished one is only scored. Errors as for `train`."
     data, run = Path(data), Path(out) / (recipe.run + f"-seed{seed}" * (seed > 0))
-    card = train(recipe.config(pretrained), RefSet.read(data / recipe.data), run, seed=seed, device=device, precision=precision, workers=workers, progress=progress)
+    card = train(recipe.config(pretrained), RefSet.read(data / recipe.data), run, seed=seed, device=device, precision=precision, workers=workers, accumulate=accumulate, recompute=recompute, compile=compile, progress=progress)
     segment = Segmenter.from_pretrained(run, device)
     model, c = segment.model, segment.model.config
     part = lambda d, s: evaluate(model, RefSet.read(data / d, s), size=c.size, length=c.words, device=next(model.parameters()).device, progress=progress).summary()
@@ -424,18 +432,40 @@ def record(
     rows, # of `LedgerRow`
     recipe:Recipe, # what was run
     card:dict, # the run's, from `reproduce` or its run.json
-    scores:dict, # {(set, split): summary}, as fractions
+    scores:dict, # {(set, split): summary}, as fractions, with `n`
 )->list: # of `LedgerRow`
-    "Enter a run into a ledger, under every figure that it stands for; a seed that is there already is replaced. A `BarleriaError` when the run was of other settings or data, left something out, or is not done."
+    "Enter a run into a ledger, under every figure that it stands for; a seed that is there already is replaced. A `BarleriaError` when the run was of other settings or data, or of a part of the data, was scored on a part, left something out, or is not done."
     settings, wanted = json.loads(json.dumps(card["settings"])), recipe.config()
     wrong, data = [f"{k} is {str(settings.get(k))[:60]}, not {str(v)[:60]}" for k, v in _settings(wanted).items() if settings.get(k) != v], str(settings.get("data"))
     if LEAKY in data: wrong.append("its union holds held-out images")
     elif not data.startswith(f"{recipe.data}:"): wrong.append(f"data is {data[:60]}, not {recipe.data}")
     wrong += [what for k, what in dict(left_out="it left out corrections", unreadable="it left out pictures").items() if card.get(k)] + ["it is not done"] * (not card.get("done"))
     if wrong: raise BarleriaError(f"this run is not the recipe's: {wrong[0]}; run `{_train(recipe)}`.")
+    counts = {s: (int(r), int(n)) for s, r, n in re.findall(r"(?:: |; )(\S+) (\d+) refs, (\d+) sentences", data)}
+    if part := _missing(recipe, counts): raise BarleriaError(f"this run is not the recipe's: {part}; fetch the whole set without --limit (`{_fetch(recipe.data)}`) and train anew.")
+    for (d, s), score in scores.items():
+        n = (d, s) in recipe.cells and (OFFICIAL[d][s][1] or d == recipe.data and counts.get(s, (0, 0))[1])
+        if n and score.get("n") != n: raise BarleriaError(f"{d} {s} was scored on {score.get('n')} sentences, not {n}; fetch the whole set without --limit (`{_fetch(d)}`), then run `{_score(recipe, d, s)}`.")
     mine = lambda r: (r.configuration, r.data, r.words) == (recipe.configuration, recipe.data, wanted.words) and r.split != "average"
     rows = [_entered(r, str(settings["seed"]), card, scores[_place(r)]) if mine(r) and _place(r) in scores else r for r in rows]
     return [_mean_of(r, rows) if r.split == "average" else r for r in rows]
+
+
+def _refs(recipe, split):
+    "The fewest and the most refs that a split can have. Of a union, whose held-out images go, the fewest is one for each image that is left at least."
+    if recipe.data != "mixed": return (OFFICIAL[recipe.data][split][0],) * 2
+    held = {d: sum(images for s, (_, _, images) in OFFICIAL[d].items() if s not in ("train", split)) for d in UNION}
+    return max(1, sum(max(0, OFFICIAL[d][split][2] - sum(held.values()) + held[d]) for d in UNION)), sum(OFFICIAL[d][split][0] for d in UNION)
+
+
+def _missing(recipe, counts):
+    "What the data of a run has too few or too many of, or None: in train, val, and of one set in every other split that it has."
+    for s in OFFICIAL.get(recipe.data, ("train", "val")):
+        if s not in ("train", "val") and s not in counts: continue
+        (refs, sentences), (least, most) = counts.get(s, (0, 0)), _refs(recipe, s)
+        if not least <= refs <= most: return f"its data has {refs} refs in {s}, not {least}" + f" to {most}" * (most > least)
+        official = OFFICIAL[recipe.data][s][1] if recipe.data in OFFICIAL else None
+        if official and sentences != official: return f"its data has {sentences} sentences in {s}, not {official}"
 
 
 def _settings(c):

@@ -38,14 +38,20 @@ def own(r):
     return r.method.startswith("BarLeRIa") or r.table in (4, 5) and r.method != "ReSTR" or r.method == "ETRIS" and r.backbone == "EVA-CLIP"
 
 
+def data_of(recipe, **counts):
+    "The data's name in a card: the official counts, or `counts`; sentences that nobody has published are made up."
+    splits = OFFICIAL.get(recipe.data) or dict(train=(90_000, None, 0), val=(7000, None, 0))
+    return f"{recipe.data}: " + "; ".join(f"{s} {n} refs, {m} sentences" for s, (n, m) in ({s: (n, m or 2 * n) for s, (n, m, _) in splits.items()} | counts).items()) + "; 0123456789abcdef"
+
+
 def card_of(recipe, seed=0, **changes):
     "A card as a finished run of this recipe would have it."
     c = recipe.config()
-    settings = dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"}, seed=seed, data=f"{recipe.data}: train 3 refs", val="val", val_refs=None, shuffle_sentences=False)
+    settings = dict(config=c.name, **{k: v for k, v in asdict(c).items() if k != "name"}, seed=seed, data=data_of(recipe), val="val", val_refs=None, shuffle_sentences=False)
     return dict(done=True, settings=settings | changes, commit="0123456789ab", hardware="one GPU", seconds=5400.)
 
 
-def scores_of(recipe, value): return {cell: dict(mIoU=value, oIoU=value - .01) for cell in recipe.cells}
+def scores_of(recipe, value): return {(d, s): dict(mIoU=value, oIoU=value - .01, n=OFFICIAL[d][s][1] or 2 * OFFICIAL[d][s][0]) for d, s in recipe.cells}
 
 
 # ---------------------------------------------------------------- recipes
@@ -103,6 +109,7 @@ def test_origins_name_every_setting_once():
         said = {o.setting: o for o in found}
         theirs = r.paper == "dcris" and r.configuration in ("full-b14", "adapter-b14", "compacter-b14", "lora-b14", "etris-b14") # Table 2: other methods kept settings of their own
         assert {said[k].origin for k in ("epochs", "batch", "lr", "drop")} == {"here" if theirs else "printed"} and said["words"].value == str(r.config().words)
+        assert (said["threshold"].value, said["threshold"].origin, said["resampling"].origin) == ("0.35", "released", "here") and ("ImageNet" in said["colours"].where) == (r.paper == "dcris") and {"letterbox", "way back"} <= said.keys()
         assert ("union" in said) == (r.data == "mixed") and (said["size"].origin == "here") == (r.configuration == "barleria-l14")
 
 
@@ -131,7 +138,7 @@ def test_commands_are_read_as_they_are_meant():
         assert [shlex.split(p)[1] for p in fetch.split(" && ")][:len(r.sets)] == list(r.sets)
         name, a = parsed(learn)
         c = config(a["config"], **{k: a[k] for k in ("words", "epochs", "batch", "lr", "pretrained")})
-        assert name == "barleria_train" and c == r.config() and a["precision"] == "bf16" and a["data"] == f"data/{r.data}" in fetch and not a["train_positions"]
+        assert name == "barleria_train" and c == r.config() and a["precision"] == "bf16" and a["workers"] == 8 and a["data"] == f"data/{r.data}" in fetch and not a["train_positions"]
         evals = [parsed(p) for p in score.split(" && ")]
         assert [(Path(e["data"]).name, e["split"]) for _, e in evals] == r.cells and all(n == "barleria_eval" and e["run"] == a["out"] for n, e in evals)
 
@@ -204,7 +211,7 @@ def test_a_run_is_entered_wherever_it_stands():
         if b.split != "average": assert (b.commit, b.hardware, b.hours) == ("0123456789ab 0123456789ab", "one GPU", "1.50 1.50")
     again = record(new, B16, card_of(B16), scores_of(B16, .5))
     assert {r.measured for r in again if r.measured} == {"50.00 71.00"} # a seed is replaced, not doubled
-    part = record(rows, B16, card_of(B16), {("refcoco", "testA"): dict(mIoU=.5, oIoU=.4)})
+    part = record(rows, B16, card_of(B16), {("refcoco", "testA"): dict(mIoU=.5, oIoU=.4, n=5657)})
     assert {(r.table, r.split) for r in part if r.measured} == {(1, "testA"), (5, "testA")}
 
 
@@ -235,6 +242,32 @@ def test_what_was_measured_is_kept_when_the_ledger_is_made_anew(tmp_path):
     (dict(val=None), "val is None, not val"), (dict(val="testA"), "val is testA"), (dict(val_refs=500), "val_refs is 500, not None")])
 def test_other_runs_are_not_entered(changes, said):
     line(lambda: record(read_ledger(), B16, card_of(B16, **changes), scores_of(B16, .7)), said)
+
+
+@pytest.mark.parametrize("run, counts, said", [("barleria-b16-refcoco", dict(train=(60, 170)), "60 refs in train, not 42404"), ("barleria-b16-refcoco", dict(val=(40, 110)), "40 refs in val, not 3811"),
+    ("barleria-b16-refcoco", dict(train=(42404, 42404)), "42404 sentences in train, not 120624"), ("barleria-b16-refcoco", dict(testB=(9, 9)), "9 refs in testB, not 1810"), ("barleria-b16-refcocog-google", dict(val=(4999, 9999)), "4999 refs in val, not 5000"),
+    ("dcris-l14-mixed", dict(train=(900, 2500)), "900 refs in train, not 36085 to 126908"), ("dcris-l14-mixed", dict(train=(126909, 400_000)), "126909 refs in train"), ("dcris-l14-mixed", dict(val=(0, 0)), "0 refs in val, not 1 to 10189")])
+def test_a_part_of_a_set_is_not_entered(run, counts, said):
+    r = RUNS[run]
+    line(lambda: record(read_ledger(), r, card_of(r, data=data_of(r, **counts)), scores_of(r, .7)), said, f"barleria_data {r.sets[0]} --out", "without --limit")
+
+
+def test_a_set_without_its_train_split_is_not_entered(): line(lambda: record(read_ledger(), B16, card_of(B16, data="refcoco: val 3811 refs, 10834 sentences; 0"), scores_of(B16, .7)), "0 refs in train")
+
+
+@pytest.mark.parametrize("run, cell, n", [("barleria-b16-refcoco", ("refcoco", "val"), 110), ("barleria-b16-refcoco", ("refcoco", "testA"), None), ("dcris-l14-mixed", ("refcoco+", "testB"), 4888), ("barleria-b16-refcocog", ("refcocog", "test"), 9)])
+def test_a_score_on_a_part_of_a_split_is_not_entered(run, cell, n):
+    r = RUNS[run]
+    scores = scores_of(r, .7)
+    line(lambda: record(read_ledger(), r, card_of(r), scores | {cell: scores[cell] | dict(n=n)}), f"{cell[0]} {cell[1]} was scored on {n} sentences", f"--data data/{cell[0]} --split {cell[1]}")
+
+
+def test_counts_that_nobody_published_are_not_asked_for():
+    "G-Ref's sentences: of a union, or of a run whose folder has no such split, any number will do."
+    mix, r = RUNS["dcris-l14-mixed"], RUNS["barleria-b16-refcocog"]
+    for run, card in ((mix, card_of(mix)), (r, card_of(r, data="refcocog: train 42226 refs, 80512 sentences; val 2573 refs, 4896 sentences; 0"))):
+        scores = {("refcocog", "test"): dict(mIoU=.5, oIoU=.4, n=9602)}
+        assert any(x.measured for x in record(read_ledger(), run, card, scores))
 
 
 def test_a_run_that_left_something_out_is_not_entered():
@@ -272,6 +305,15 @@ def test_tables():
     assert len(shown) == 1 + len({(r.paper, r.table, r.row) for r in recipes()}) and "refcocog (22), refcocog-google (17)" in recipes_table(recipes("dcris", 1))
     total = ledger_table(read_ledger()).splitlines()
     assert len(total) == 12 and total[-1].split()[:3] == ["all", "237", "0"]
+
+
+def test_reproduce_passes_on_how_a_step_is_computed(tmp_path, monkeypatch):
+    seen, how = {}, dict(workers=3, accumulate=2, recompute=True, compile=True, precision="fp16")
+    def train(*data, **named): seen.update(named); raise KeyboardInterrupt
+    monkeypatch.setattr(module, "train", train)
+    make_refshapes(tmp_path / "refcoco", "refshapes", dict(train=1), workers=1, progress=False)
+    with pytest.raises(KeyboardInterrupt): reproduce(B16, tmp_path, tmp_path / "runs", **how)
+    assert how.items() <= seen.items()
 
 
 def test_reproduce_goes_from_a_folder_of_sets_to_scores(tmp_path):
