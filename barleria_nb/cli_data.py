@@ -33,13 +33,13 @@ def barleria_data(
 ):
     "Fetch a RefCOCO set, or convert an original release, and check it; safe to stop and to start again."
     with told("barleria_data", debug, "stopped; the same command goes on from there."):
-        from barleria_nb.refcoco import fetch_refcoco, letterboxed, plan_lines
+        from barleria_nb.refcoco import LETTERBOXED, fetch_refcoco, letterboxed, plan_lines
         found = fetch_refcoco(name, out, split, tables, pictures, refer, images, limit, workers, dry_run, progress=on_screen(), tell=note)
         if dry_run: return print("\n".join(plan_lines(found)))
         for s, (refs, sentences, pictured) in found["splits"].items(): print(f"{name} {s}: {refs:,} refs, {sentences:,} sentences, {pictured:,} images")
         if memmap:
             from barleria_nb.data import RefSet
-            path = Path(out) / f"letterboxed-{memmap}.npy"
+            path = Path(out) / LETTERBOXED.format(memmap)
             letterboxed(RefSet.read(out), memmap, path, progress=on_screen())
             print(f"{path.stat().st_size / 1e9:.2f} GB of letterboxed images: {path}")
         print(f"written to {out}; {Path(out) / 'README.md'} says where from")

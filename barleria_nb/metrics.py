@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from .core import BarleriaError, onednn, read_json
 from .data import Letterbox, RefDataset, RefSet, _index, _whole, collate, decode_mask, normalise
 from .loss import resize_target
+from .refcoco import served
 
 # %% ../nbs/13_metrics.ipynb #37afec19
 def _mask(x, who):
@@ -206,7 +207,7 @@ def evaluate(
     Sigmoid, one bilinear `Letterbox.inverse`, threshold, whole-number counts. The model is put into eval mode and back.
     A `BarleriaError` when the logits have another shape or are not finite, or when an image cannot be read."""
     if not 0 <= threshold <= 1: raise BarleriaError(f"a threshold of {threshold} is no probability; take one from 0 to 1.")
-    data = RefDataset(refset, size, length, masks=False)
+    data = served(RefDataset(refset, size, length, masks=False))
     cut = f", {data.tokens.truncated} sentences cut" if data.tokens.truncated else ""
     scores = Scores(protocol=f"{refset.name}, every sentence once, own pixels, sigmoid > {threshold:g}, {size} px, {length} word pieces{cut}")
     was_training = isinstance(model, nn.Module) and model.training

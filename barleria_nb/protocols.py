@@ -26,6 +26,7 @@ from .data import Letterbox, Ref, RefDataset, RefSet, _index, collate, decode_ma
 from .loss import resize_target
 from .metrics import THRESHOLD, Scores, _alike, _counted, _logits, _portions
 from .probe import _evaluating
+from .refcoco import served
 
 # %% ../nbs/13d_protocols.ipynb #87abe8f3
 _CHOICES = dict(values=("sigmoid", "logits"), way=("bilinear", "bicubic"), sentences=("all", "first", "random"), truth=("united", "summed"), empty=(0, 1))
@@ -208,7 +209,7 @@ def score_model(
     protocols = [protocols] if isinstance(protocols, Protocol) else list(protocols)
     picks = {(p.sentences, p.seed): {s.sent_id: s.text for r in refset for s in p.pick(r)} for p in protocols}
     picked = [set(picks[p.sentences, p.seed]) for p in protocols]
-    data = RefDataset(_with_sentences(refset, set().union(*picked)), size, length, masks=False)
+    data = served(RefDataset(_with_sentences(refset, set().union(*picked)), size, length, masks=False))
     cut = {k: f", {n} sentences cut" if texts and (n := tokenize(list(texts.values()), length).truncated) else "" for k, texts in picks.items()}
     scores = [ProtocolScores((), f"{refset.name}, {', '.join(p.words())}, {size} px, {length} word pieces{cut[p.sentences, p.seed]}", p) for p in protocols]
     with onednn(), _evaluating(model), torch.inference_mode():

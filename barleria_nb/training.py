@@ -30,6 +30,7 @@ from .data import RefDataset, RefSet, collate, normalise
 from .loss import batch_iou, text_to_pixel_loss
 from .metrics import evaluate
 from .model import Config, RISModel, build_model, read_note, read_tensors, save_tuned, towers_hash, tuned_state, write_tensors
+from .refcoco import served
 from .scale import compiled, spread, statistics, still
 
 # %% ../nbs/14_training.ipynb #57c99982
@@ -353,7 +354,7 @@ class Loop:
         self.config, self.seed, self.accelerator, self.accumulate = config, seed, accelerator(precision, device), accumulate
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.device = self.accelerator.device if self.world > 1 else device
-        self.data = RefDataset(data, config.size, config.words, train=True, seed=seed, spare=unreadable > 0)
+        self.data = served(RefDataset(data, config.size, config.words, train=True, seed=seed, spare=unreadable > 0))
         self.portions = Portions(EpochOrder(len(data), seed), config.batch, self.rank, self.world, accumulate)
         self.loader = DataLoader(self.data, batch_sampler=self.portions, collate_fn=collate, num_workers=workers, worker_init_fn=deaf, pin_memory=self.device.type == "cuda")
         self.model, self.epoch_steps = build_model(config, seed).to(self.device), self.portions.steps

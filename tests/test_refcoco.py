@@ -25,7 +25,8 @@ from PIL import Image
 from barleria_nb import refcoco
 from barleria_nb.core import BarleriaError
 from barleria_nb.data import RefDataset, RefSet
-from barleria_nb.refcoco import Letterboxed, Mirror, fetch_refcoco, letterboxed, plan_lines, read_refer_pickle
+from barleria_nb.metrics import evaluate
+from barleria_nb.refcoco import Letterboxed, Mirror, fetch_refcoco, letterboxed, plan_lines, read_refer_pickle, served
 from common import line
 
 pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -416,7 +417,7 @@ def test_without_pyarrow(site, tmp_path, monkeypatch):
 def test_mistakes(site, tmp_path):
     line(lambda: fetch_refcoco("refcoc", tmp_path / "a"), "Did you mean refcoco")
     line(lambda: fetch_refcoco("refcoco", tmp_path / "a", "vall"), "Did you mean val")
-    line(lambda: fetch_refcoco("refcocog-google", tmp_path / "a"), "refs(google).p", "refer")
+    line(lambda: fetch_refcoco("refcocog-google", tmp_path / "a"), "refs(google).p", "refer", refcoco.ARCHIVED)
     line(lambda: get(site, tmp_path / "a", limit=0), "at least 1")
     line(lambda: get(site, tmp_path / "a", images=tmp_path / "gone"), "gone", "check the path")
     get(site, tmp_path / "a")
@@ -470,6 +471,19 @@ def test_an_original_release(tmp_path, kind):
     card = fetch_refcoco("refcoco", tmp_path / "a", "val", refer=refer, images=images, official=OFFICIAL)
     whole(tmp_path / "a")
     assert set(card["records"]) == {"refs(unc).p", "instances.json"} and not (tmp_path / "a" / "images" / name(1)).exists()
+
+
+def test_the_archived_release_of_g_ref(tmp_path):
+    "Its zip holds both partitions in one folder, and perhaps what a Mac adds; of all objects those that refs name are kept."
+    files = release()
+    instances = json.loads(files["instances.json"])
+    instances["annotations"].append(instances["annotations"][0] | dict(id=999))
+    members = {"refs(umd).p": pickle.dumps([]), "refs(google).p": files["refs(unc).p"], "instances.json": json.dumps(instances)}
+    refer = pack(tmp_path / "refcocog.zip", {f"__MACOSX/refcocog/._{k}": b"no" for k in members} | {f"refcocog/{k}": v for k, v in members.items()}, "zip")
+    images = pack(tmp_path / "i", {f"train2014/{name(n)}": jpeg(n) for n in (6, 5, 1)}, "zip")
+    card = fetch_refcoco("refcocog-google", tmp_path / "a", "val", refer=refer, images=images, official=OFFICIAL)
+    kept = json.loads((tmp_path / "a" / "instances.json").read_text())["annotations"]
+    assert card["partition"] == "google" and len(kept) == card["splits"]["val"][0] and 999 not in [a["id"] for a in kept]
 
 
 @pytest.mark.parametrize("kind", ["zip", "", "gz"])
@@ -630,6 +644,15 @@ def test_letterboxed_images_are_those_of_the_dataset(site, tmp_path):
     assert len(ready) == 6 and all((plain[i]["image"] == mapped[i]["image"]).all() for i in range(len(plain)))
     assert mapped[0]["image"].dtype == plain[0]["image"].dtype and os.listdir(tmp_path / "b") == ["x.npy"]
     line(lambda: ready.serve(RefDataset(data, 64)), "32 pixels", "64")
+    letterboxed(data, 32, data.root / "letterboxed-32.npy")
+    assert isinstance(served(RefDataset(data, 32)).images, Letterboxed) and isinstance(served(RefDataset(data, 16)).images, dict)
+    answers = lambda: evaluate(lambda image, ids, words: image.mean(1, keepdim=True), data, size=32, progress=False).records
+    before = answers()
+    (data.root / "letterboxed-32.npy").unlink()
+    assert answers() == before
+    (data.root / "letterboxed-32.npy").write_bytes(b"no array")
+    line(answers, "no file of letterboxed images", "write it again")
+    (data.root / "letterboxed-32.npy").unlink()
     part = letterboxed(RefSet.read(tmp_path / "a", "val"), 32, tmp_path / "v.npy")
     line(lambda: part.serve(RefDataset(data, 32)), "does not hold image")
 
