@@ -39,7 +39,8 @@ def optimiser(
     lr:float, # learning rate
 )->torch.optim.Adam: # over the numbers that train, in the order of `named_parameters`
     "Adam with PyTorch's defaults, as in both papers."
-    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
+    mine = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.Adam(mine, lr=lr, fused=mine[0].device.type != "mps") # on Apple's GPUs the fused one takes in gradients that are not finite (pytorch#186360)
 
 
 def lr_at(
@@ -417,8 +418,9 @@ class Loop:
         bad = ~norm.isfinite()
         for b, old in zip(self.statistics, before): b.copy_(torch.where(bad, old, b))
         if self.accelerator.scaler: return
-        self.optimiser.found_inf = bad.float() # fused Adam leaves all as it is where this is one; only a scaler would take the attribute away, and there is none
-        self.marks.append((step, self.optimiser.found_inf, items))
+        self.marks.append((step, flag := bad.float(), items))
+        if self.optimiser.defaults["fused"]: self.optimiser.found_inf = flag # it leaves all as it is where this is one; only a scaler would take the attribute away, and there is none
+        elif bad: self.optimiser.zero_grad() # Adam passes over what has no gradient
 
     def bad(self)->list: # of (step, indices of the process' refs) since it was last asked
         "Which corrections were not made."

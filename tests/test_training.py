@@ -520,8 +520,17 @@ def test_bad_gradient_stops_and_keeps_the_batch(data, tmp_path, monkeypatch):
     assert note["step"] == 1 and len(note["refs"]) == len(note["sentences"]) == 4 and set(note["refs"]) <= {r.ref_id for r in data.split("train")}
 
 
-def test_bad_gradient_left_out(data, tmp_path, monkeypatch):
+def unfused(monkeypatch):
+    "Adam as it is on Apple's GPUs."
+    plain = training.optimiser
+    def optimiser(model, lr): return torch.optim.Adam(plain(model, lr).param_groups[0]["params"], lr=lr, fused=False)
+    monkeypatch.setattr(training, "optimiser", optimiser)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_bad_gradient_left_out(data, tmp_path, monkeypatch, fused):
     "Asked to skip, Adam leaves everything as it is, its count of steps included; the run ends, and says how many it left out."
+    if not fused: unfused(monkeypatch)
     seen, mark = [], Loop.mark
     poison(monkeypatch, 1)
     def spy(self, step, *rest):
@@ -544,10 +553,11 @@ def blind(monkeypatch, steps):
     monkeypatch.setattr(training, "normalise", lambda x: normalise(x) * (float("nan") if now[0] in steps else 1))
 
 
-@pytest.mark.parametrize("bad", [(0,), (3,), (0, 1, 2, 3), (2, 3, 4)])
-def test_what_is_left_out_leaves_no_trace(data, tmp_path, monkeypatch, bad):
+@pytest.mark.parametrize("bad, fused", [((0,), True), ((3,), True), ((0, 1, 2, 3), True), ((2, 3, 4), True), ((0, 1, 2, 3), False)])
+def test_what_is_left_out_leaves_no_trace(data, tmp_path, monkeypatch, bad, fused):
     "First and last step of an epoch, all of one, one on both sides of its end: statistics stay numbers, rows are JSON, the count survives a stop."
     def rows(out): return [json.loads(l, parse_constant=lambda c: pytest.fail(c)) for l in (out / "log.jsonl").read_text().splitlines()]
+    if not fused: unfused(monkeypatch)
     blind(monkeypatch, bad)
     assert len(data.split("train")) // 4 == 4
     card = go(data, tmp_path / "run", skip=True, **FINE)
