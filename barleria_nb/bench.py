@@ -357,7 +357,7 @@ def equal_figure(
     data:str, # name of a data set
     split:str="val", # a split
 )->Figure: # a panel for each pair of towers
-    "mIoU against the share that is tuned, a dot per run, and a line per method scaled to equal shares through its means over the seeds that all these runs have; `frozen` and `full` as horizontal lines, of the same seeds where they have them. The legend names the shares that others were run at and a method was not."
+    "mIoU against the share that is tuned, a dot per run, and a line per method scaled to equal shares through its means over the seeds that all these runs have; a ring is the method at its own size; `frozen` and `full` as horizontal lines, of the same seeds where they have them. The legend names the shares that others were run at and a method was not."
     panels = {}
     for s in _found(rows, data).values(): panels.setdefault(_plain_name(s.name).rpartition("-")[2], {})[s.name] = s
     fig = Figure(figsize=(6 * len(panels), 3.4), layout="constrained")
@@ -378,14 +378,16 @@ def _equal(ax, towers, found, split, methods):
     every = [set(s.values(split=split)) for s in at.values()]
     seeds = set.intersection(*every) or set.union(*every) if every else set() # where no seed is shared, all
     for name in dict.fromkeys(map(_plain_name, at)):
-        mine = sorted((100 * s.rows[0]["share"], {seed: 100 * v for seed, v in s.values(split=split).items()}) for n, s in at.items() if _plain_name(n) == name)
+        mine = sorted(((100 * s.rows[0]["share"], {seed: 100 * v for seed, v in s.values(split=split).items()}) for n, s in at.items() if _plain_name(n) == name), key=lambda point: point[0])
         missing, colour = [p for p in shares if f"{name}@{p}" not in at], colormaps["tab20"](methods.index(name.rpartition("-")[0]) % 20)
         ax.plot([x for x, _ in mine], [_mean_of(v, seeds) for _, v in mine], color=colour, lw=1, marker="_", label=name + f" (not at {', '.join(missing)})" * bool(missing))
         for x, v in mine: ax.plot([x] * len(v), list(v.values()), "o", color=colour, ms=3)
+        if own := found[name].values(split=split): ax.plot(100 * found[name].rows[0]["share"], 100 * _mean_of(own, seeds), "o", color=colour, mfc="white", ms=6)
     for name, style in ((f"frozen-{towers}", ":"), (f"full-{towers}", "--")):
         if not (s := found.get(name)) or not (values := s.values(split=split)): continue
         level = 100 * _mean_of(values, seeds)
         ax.axhline(level, ls=style, color="0.3", lw=1, label=f"{name}, {100 * s.rows[0]['share']:.1f} %" + ", lr still being chosen" * (not s.rows[0]["whole"]))
     if not at: ax.text(.5, .5, "nothing was run at equal shares yet", ha="center", transform=ax.transAxes)
+    else: ax.set_xscale("log"), ax.set_xticks(ticks := (.5, 1, 2, 5, 10, 20), [f"{t:g}" for t in ticks]), ax.minorticks_off()
     ax.set(title=towers, xlabel="% of the towers' numbers that is tuned", ylabel=f"mIoU on {split}, %")
     if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1))

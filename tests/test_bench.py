@@ -246,6 +246,8 @@ def test_the_figure_of_equal_shares_by_hand():
     assert {l.get_label(): list(l.get_ydata()) for l in more}["snf-tiny (not at 0.5%, 1%)"] == pytest.approx([60]) # but the line of the seed that all have
     apart = bench.equal_figure([*rows[:2], row("snf-tiny", 1, .5), row("lora-tiny", 0, .5), at("snf-tiny", "2", .6, 1), at("lora-tiny", "2", .4)], "d").axes[0].lines
     assert {l.get_label(): list(l.get_ydata())[0] for l in apart}["frozen-tiny, 0.0 %"] == pytest.approx(30) # no seed is shared: all
+    same = bench.equal_figure([*rows, at("snf-tiny", "2", .5), row("snf-tiny@2.1%", 0, .7, share=.02)], "d").axes[0].lines # two shares that one size is nearest to
+    assert sorted(l.get_xdata()[0] for l in same if l.get_mfc() == "white") == pytest.approx([1, 1]) # rings: snf and lora at their own size
     other = bench.equal_figure(rows, "d", "testB").axes[0]
     assert not other.lines and other.texts # no scores there: nothing to draw, nothing raised
 
