@@ -7,7 +7,7 @@ __all__ = ['THRESHOLD', 'counts', 'iou', 'mean_iou', 'overall_iou', 'above', 'pr
            'largest_object_baseline', 'random_object_baseline', 'grid_ceiling']
 
 # %% ../nbs/13_metrics.ipynb #d386fee8
-# Imports core, data, loss. Reads data sets, writes nothing; talks to other processes where torch.distributed runs.
+# Imports core, data, loss, refcoco. Reads data sets, writes nothing; talks to other processes where torch.distributed runs.
 import math
 from itertools import groupby
 from operator import index

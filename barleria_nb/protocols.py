@@ -8,7 +8,7 @@ __all__ = ['NATIVE', 'PROTOCOLS', 'Protocol', 'find_protocol', 'true_mask', 'bri
            'with_truth', 'Masks', 'read_masks', 'score_masks']
 
 # %% ../nbs/13d_protocols.ipynb #e3d43d09
-# Imports core, data, loss, metrics, probe. Reads masks from files, writes nothing.
+# Imports core, data, loss, metrics, probe, refcoco. Reads masks from files, writes nothing.
 import math, os, re
 from copy import copy
 from dataclasses import dataclass, replace
