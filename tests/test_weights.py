@@ -196,8 +196,8 @@ def test_resampled_tables_are_the_same_on_every_processor():
     program = "import math, torch, torch.nn.functional as F\nfrom einops import rearrange\n" + "".join(map(inspect.getsource, parts))
     there = subprocess.run([sys.executable, "-c", program + RESAMPLED + "print(*sums)"], env=os.environ | dict(ATEN_CPU_CAPABILITY="default"), capture_output=True, text=True, check=True)
     library, *ours = there.stdout.split()
-    if library == here["sums"][0]: pytest.skip("PyTorch's own are the same here, too")
     assert tuple(ours) == here["sums"][1:]
+    if library == here["sums"][0]: pytest.skip("ours are the same, but so are PyTorch's own: this machine cannot show the difference")
 
 
 @pytest.mark.parametrize("prefix, grid", [(0, (6, 6)), (1, (6, 6)), (5, (3, 12)), (1, (4, 4)), (1, (9, 5))])
