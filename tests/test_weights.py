@@ -472,7 +472,7 @@ def test_b16_at_416(tmp_path):
     assert same.stat().st_size == 598_516_980, "as many bytes as the published file: the same names, shapes and types"
     encoder = build_encoder("b16", pretrained=ours)
     theirs = open_clip.create_model("ViT-B-16-quickgelu", str(same), force_image_size=416).eval()
-    assert torch.equal(encoder.visual.positions, theirs.visual.positional_embedding) and encoder.visual.grid == (26, 26)
+    assert (encoder.visual.positions - theirs.visual.positional_embedding).abs().max() < 1e-6 and encoder.visual.grid == (26, 26) # ours is resampled in 64 bits
     assert torch.equal(encoder.text.embedding.weight, full["token_embedding.weight"])
     for a, b in zip(numbers(encoder, 416), numbers(theirs, 416)): assert (a - b).abs().max() < 1e-5 * b.abs().max()
     line(lambda: build_encoder("l14", pretrained=ours), "'ln_final.bias' is (512,) of type F16, expected (768,)")
