@@ -59,7 +59,7 @@ class Attention(nn.Module):
     ):
         super().__init__()
         self.source, self.heads = source, getattr(source, "num_heads", None)
-        packed = isinstance(source, nn.MultiheadAttention) and source.in_proj_weight is not None and source.bias_k is None
+        packed = isinstance(source, nn.MultiheadAttention) and source.in_proj_weight is not None and source.bias_k is None and not source.add_zero_attn
         timm_like = isinstance(source, (TimmAttention, EvaAttention)) and source.gate is None
         if timm_like: timm_like = all(isinstance(m, nn.Identity) for m in (source.q_norm, source.k_norm))
         separate = timm_like and getattr(source, "q_proj", None) is not None and not source.rotate_half
@@ -230,7 +230,7 @@ def visual_tower(
     if isinstance(s, ClipVision) and s.attn_pool is None and s.pool_type == "tok" and not s.final_ln_after_pool:
         blocks = [Block(b) for b in s.transformer.resblocks]
         return VisualTower(s.conv1, [s.class_embedding], s.positional_embedding, s.ln_pre, blocks, s.ln_post, s.proj, s.grid_size)
-    if not isinstance(s, (TimmVision, Eva)) or s.pos_embed is None or getattr(s, "rope_mixed", False):
+    if not isinstance(s, (TimmVision, Eva)) or s.pos_embed is None or s.cls_token is None and s.reg_token is not None or getattr(s, "rope_mixed", False):
         raise BarleriaError(f"an image tower of class {type(s).__name__} is not supported; use open_clip's or timm's plain ViT, or EVA.")
     prefix = [p for p in (s.cls_token, s.reg_token) if p is not None]
     rope = s.rope.get_embed() if getattr(s, "rope", None) is not None else None

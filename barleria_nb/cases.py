@@ -65,7 +65,7 @@ def verdict(
     things, # (K, H, W) bool: all things of the scene; no two share a pixel
     target:int, # number of the one that was meant
 )->tuple: # (one of VERDICTS, number of the thing or None)
-    "Where do more than half of an answer's pixels lie? On a thing, the right or another one (`rough`: with an IoU of at most ½), on several together (`spread`), on no thing (`ground`); `nothing`: there are none."
+    "Where do more than half of an answer's pixels lie? On a thing, the right or another one (`rough`: with an IoU of at most ½), on no thing (`ground`), on neither alone (`spread`); `nothing`: there are none."
     mask, things = np.asarray(mask, bool), np.asarray(things, bool)
     area, on = int(mask.sum()), (things & mask).sum((1, 2))
     if not area: return "nothing", None

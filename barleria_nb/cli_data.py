@@ -75,7 +75,7 @@ def barleria_mix(
     link:bool=False, # hard-link the images: takes no space, but shares the files
     debug:bool=False, # show a traceback when something fails
 ):
-    "Join the train splits of several sets, without any image that one of them holds out."
+    "Join the train splits of several sets, without any image that one of them holds out, and their val splits, without test images."
     with told("barleria_mix", debug):
         from barleria_nb.owndata import mixed, mixed_lines
         print(_plain("\n".join(mixed_lines(mixed(folders, out, as_published, link)))))

@@ -72,7 +72,7 @@ def count(
 # %% ../nbs/00_core.ipynb #8d8be7e6
 def trainable(
     module:nn.Module, # any module
-)->str: # such as "trainable 390,656 of 149,620,737 (0.26 %)"
+)->str: # such as "trainable 390,656 of 150,011,393 (0.26 %)"
     "Say in one line how much of `module` trains."
     tuned, total = count(module)
     return f"trainable {tuned:,} of {total:,} ({100 * tuned / max(total, 1):.2f} %)"

@@ -51,7 +51,7 @@ def views(
     return (x.clamp(0, 1) - mean) / std
 
 # %% ../nbs/train/20b_tiny_dino.ipynb #4640adf4
-HIDE = .2, .5 # least and largest share of a view's patches that are hidden
+HIDE = .2, .5 # least and largest share of a view's patches at which hiding stops; the last rectangle may go beyond
 
 
 def stand_out(

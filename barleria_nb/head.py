@@ -141,7 +141,7 @@ class MultiHead(nn.Module):
         dropout:float=0., # share of attention weights dropped in training
     ):
         super().__init__()
-        if dim % heads: raise BarleriaError(f"width {dim} does not divide into {heads} heads; choose a divisor.")
+        if heads < 1 or dim % heads: raise BarleriaError(f"width {dim} does not divide into {heads} heads; choose a divisor.")
         self.heads, self.dropout = heads, dropout
         self.in_proj_weight, self.in_proj_bias = nn.Parameter(torch.empty(3 * dim, dim)), nn.Parameter(torch.zeros(3 * dim))
         self.out_proj = nn.Linear(dim, dim)

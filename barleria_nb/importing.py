@@ -219,7 +219,7 @@ def misfits(
 def _end(name):
     "The end of a name, fit to be printed."
     shown = "".join(c if c.isprintable() else "�" for c in name[-46:])
-    return shown if len(name) < 48 else "…" + shown
+    return shown if len(name) < 47 else "…" + shown
 
 
 def told_misfits(
@@ -276,12 +276,12 @@ def take(
 
 def import_release(
     path, # a released checkpoint of ETRIS or DETRIS
-    wanted:Config, # `config("detris-b14", True, pretrained=True)`: with position tables, which the released code trains
+    wanted:Config, # `config("detris-b14", True, pretrained=True)`: with position tables, which are imported too (ETRIS trains them)
     out, # a .safetensors file to write
 )->dict: # what was done: release, tensors and numbers taken, how far the towers are apart
     "Turn a released checkpoint into a file for `load_tuned`: check names and shapes, then the towers, then write, whole or not at all. A `BarleriaError` when `wanted` has no position tables, or `out` cannot be."
     path, out = Path(path), Path(out)
-    if not any(kind == "positions" for kind, _ in wanted.tuners): raise BarleriaError(f"the released code trains the position tables, and '{wanted.name}' without them has no place for those; use config({wanted.name!r}, True).")
+    if not any(kind == "positions" for kind, _ in wanted.tuners): raise BarleriaError(f"the position tables are imported too, and '{wanted.name}' without them has no place for those; use config({wanted.name!r}, True).")
     if not out.absolute().parent.is_dir(): raise BarleriaError(f"{out}: there is no such folder; make it first.")
     if out.exists() and path.exists() and out.samefile(path): raise BarleriaError(f"{out} is the checkpoint itself; write to another file.")
     found = read_release(path)

@@ -86,7 +86,7 @@ def _score(p, threshold):
 
 def _cut(threshold):
     "A threshold that can be used."
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.floating)) or not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.integer, np.floating)) or not 0 <= threshold < 1:
         raise BarleriaError(f"a threshold of {str(threshold)[:40]} is not in [0, 1); the default is {THRESHOLD}.")
     return float(threshold)
 
@@ -608,7 +608,7 @@ mIoU is the mean IoU over all sentences of a split, oIoU all intersections over 
 
 ## Limits
 
-It always looks for one thing: where there is none, or several, the answer is still a mask, and a high score does not say that the thing is the right one. Words that were not trained are not understood. Do not use it
+It always looks for one thing: where there is none, or several, the answer is often still a mask, and a high score does not say that the thing is the right one. Words that were not trained are not understood. Do not use it
 where a wrong mask does harm.
 
 ## Licence

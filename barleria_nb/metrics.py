@@ -94,7 +94,7 @@ def precision_at(
     pairs, # of whole numbers (I, U), one pair per sentence
 )->float: # in [0, 1]
     "Pr@(k/10): the share of sentences whose IoU is above k/10 (source: Hu et al. 2016); a `BarleriaError` unless k is a whole number from 0 to 9."
-    if not isinstance(k, int) or not 0 <= k <= 9: raise BarleriaError(f"the threshold {k!r} is not in tenths; say 5 for Pr@0.5.")
+    if not isinstance(k, (int, np.integer)) or not 0 <= k <= 9: raise BarleriaError(f"the threshold {k!r} is not in tenths; say 5 for Pr@0.5.")
     pairs = _some(pairs)
     return sum(above(I, U, k) for I, U in pairs) / len(pairs)
 

@@ -514,7 +514,7 @@ def mixed_lines(
     "Say what a mix took from where, and what it left out; a `BarleriaError` when the folder is no mix."
     card = read_json(Path(folder) / CARD)
     if not isinstance(card, dict) or card.get("made") != "mixed": raise BarleriaError(f"{folder} is no mix; make one from other sets.")
-    yes = "LEAKY: it holds images that its sets hold out; no score on those sets means anything" if card["leaky"] else "no image that one of its sets holds out"
+    yes = "LEAKY: it holds images that its sets hold out; no score on those sets means anything" if card["leaky"] else "it trains on no image that one of its sets holds out"
     lines = [f"{card['name']}: {yes}.", f"{'set':24}{'split':7}{'images':>17}{'sentences':>19}{'held out':>10}"]
     change = lambda r, k: f"{r['before'][k]} → {r['after'][k]}"
     lines += [f"{r['set'][:23]:24}{r['split']:7}{change(r, 'images'):>17}{change(r, 'sentences'):>19}{r['held_out']['images']:>10}" for r in card["sets"]]
@@ -523,7 +523,7 @@ def mixed_lines(
     return lines + [f"{alone} images share nothing but their id with one that is held out; where ids were given at random, give the sets their own."] * bool(alone)
 
 # %% ../nbs/01c_own_data.ipynb #28976fc4
-GRID = 104 # cells in a row of the grid a model answers on, at the papers' resolution: 416 pixels, 4 to a cell
+GRID = 104 # cells in a row of the grid a model answers on, at BarLeRIa's resolution: 416 pixels, 4 to a cell
 TOLD = 5 # examples of each finding
 
 MAX_SPLITS = 40 # the largest ones of a set are compared

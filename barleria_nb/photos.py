@@ -103,12 +103,13 @@ def _answers_among(folder, names):
 
 def _walk(top, plan):
     "Paths of the pictures below a resolved folder."
-    folders, real, links = [top], {}, []
+    folders, real, links, mine = [top], {}, [], set()
     while folders:
         folder, below = folders.pop(), []
         try:
             with os.scandir(folder) as entries: entries = sorted(entries, key=lambda e: e.name)
             own = _answers_among(folder, {e.name for e in entries})
+            mine |= {Path(folder, n) for n in own}
             for e in entries:
                 suffix = os.path.splitext(e.name)[1].lower()
                 if e.name.startswith("."): continue
@@ -127,7 +128,7 @@ def _walk(top, plan):
         try: goal = link.resolve(strict=True)
         except (OSError, RuntimeError): goal = None
         if goal in real: continue
-        if goal and goal.is_file() and goal.is_relative_to(top): real[goal] = None
+        if goal and goal.is_file() and goal.is_relative_to(top) and mine.isdisjoint((goal, *goal.parents)): real[goal] = None
         else: plan.left["links"] += 1
     return list(real)
 

@@ -484,7 +484,7 @@ def _entered(r, seed, card, score):
 
 
 def _mean_of(average, rows):
-    "An average's line, once all its cells are measured with the same seeds."
+    "An average's line: empty until all its cells are measured, and with the same seeds."
     cells = _cells_of(average, rows)
-    if not all(c.measured for c in cells) or len({c.seeds for c in cells}) > 1: return average
+    if not all(c.measured for c in cells) or len({c.seeds for c in cells}) > 1: return replace(average, seeds="", measured="")
     return replace(average, seeds=cells[0].seeds, measured=" ".join(f"{mean(map(float, m)):.2f}" for m in zip(*(c.measured.split() for c in cells))))

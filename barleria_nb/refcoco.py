@@ -91,7 +91,7 @@ class _Plain:
         return into
 
     def run(self):
-        "Follow the instructions to the end; a `ValueError`, `IndexError` or `KeyError` for damage, a `LookupError` with a name for what is not admitted."
+        "Follow the instructions to the end; a `ValueError`, `IndexError` or `KeyError` for damage, a `PermissionError` with a name for what is not admitted."
         for _ in range(STEPS):
             op = self.take(1)
             if op == b".": return self.stack.pop()

@@ -62,7 +62,7 @@ class SharedNorm(nn.modules.batchnorm._BatchNorm):
 def share_norms(
     model:nn.Module, # changed in place: parameters, statistics and their names stay
 )->nn.Module: # the same model
-    "Turn every batch normalisation into one over all processes: PyTorch's own on a GPU; on a CPU, which that one does not know, `SharedNorm`."
+    "Turn every batch normalisation inside a model (with weights and a fixed momentum, as all of ours) into one over all processes: PyTorch's own on a GPU; on a CPU, which that one does not know, `SharedNorm`."
     for name, m in list(model.named_modules()):
         if not isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)): continue
         where, _, last = name.rpartition(".")

@@ -25,7 +25,7 @@ def planar_step(
 
 # %% ../nbs/04_snf.ipynb #438aed43
 class AffinePlanarFlow(nn.Module):
-    "The shortcut map s(x) at each token: scale and shift per channel, then planar steps (BarLeRIa Eq. 1 and A.2); 10 dim + 4 numbers at length 4. A `BarleriaError` when dim or length is below one."
+    "The shortcut map s(x) at each token: scale and shift per channel (released code), then planar steps (BarLeRIa Eq. 1 and A.2); 10 dim + 4 numbers at length 4. A `BarleriaError` when dim or length is below one."
     def __init__(self,
         dim:int, # channels d of a token
         length:int=4, # planar steps K

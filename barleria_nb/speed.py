@@ -189,7 +189,7 @@ def here(
     "The library as it is."
     yield
 
-WAYS = {f.__name__: f for f in (here, plain, written_attention, three_gelus, slow_adam, mkl, channels_last)} # name -> a way to compute: the library's, plain PyTorch, or the library's with one thing undone
+WAYS = {f.__name__: f for f in (here, plain, written_attention, three_gelus, slow_adam, mkl, channels_last)} # name -> a way to compute: the library's, plain PyTorch, or the library's with one thing undone or put in
 
 
 def measured(

@@ -49,6 +49,7 @@ def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p
     ("def f(x): return x # (B,)", f"def f(x): # (B,)\n    {YOURS}"),
     ("def f(\n    x:int, # a number\n)->int: # its like\n    'Doc.'\n    y = x # no\n    return y # hint", f"def f(\n    x:int, # a number\n)->int: # its like\n    'Doc.'\n    {YOURS}"),
     ("def f(x):\n    # a hint\n    return x\n", f"def f(x):\n    # a hint\n    {YOURS}\n"),
+    ("class A:\n\tdef f(self):\n\t\treturn 1", f"class A:\n\tdef f(self):\n\t    {YOURS}"),
     ("def f(): 'Doc.'; return 1", f"def f():\n    'Doc.'\n    {YOURS}"),
     ("@cache\nasync def f(ä='ö'): return 'ü'\n\nz = 1", f"@cache\nasync def f(ä='ö'):\n    {YOURS}\n\nz = ..."),
     ("def f():\n    @g\n    @h\n    def k(): pass\n    return k", f"def f():\n    {YOURS}"),
@@ -66,6 +67,7 @@ def test_blanked(before, after):
     ("x = 1\nassert x == 1", "line 2, `assert x == 1`"), ("print(1)", "move it into a cell of its own"), ("for k in range(3): pass", "line 1"), ("x[0] = 1", "`x[0] = 1`"), ("x.y = 1", "neither"),
     ("x += 1", "neither"), ("*a, b = 1, 2", "neither"), ("import os", "nothing in it"), ("# only words", "nothing in it"), ("class A:\n    x = 1", "nothing in it"), ("x:int", "neither"),
     ("def f(:", "line 1 is not plain Python"), ("%time x = 1", "not plain Python"), ("with open('x') as f: y = 1", "neither"), ("if True:\n    def f(): pass", "neither"), ("x = 1\0", "not plain Python"),
+    ("class A:\n    if True:\n        def f(self): return 42\n    def g(self): return 1", "line 2: a class holds definitions"), ("class A:\n    for k in range(3): x = k\n    def g(self): return 1", "line 2"),
 ])
 def test_what_cannot_be_blanked(cell, said): line(lambda: blanked(cell), said)
 

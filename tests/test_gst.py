@@ -8,6 +8,7 @@ from torch import nn
 from barleria_nb.backbones import TINY, DualEncoder, TextTower, build_tiny_clip, visual_tower
 from barleria_nb.core import BarleriaError, count
 from barleria_nb.gst import GST, GSTAttention, GSTModule
+from barleria_nb.head import MultiHead
 from barleria_nb.intertwine import Intertwine
 from barleria_nb.prior import GlobalPrior, prior_weights
 from barleria_nb.snf import SNF
@@ -268,6 +269,8 @@ def test_refuses_sizes():
         with pytest.raises(BarleriaError, match="take one with a projection"): GST(20, joint)
     for make in (lambda: GST(20, 12, dim=10), lambda: GSTModule(10), lambda: GSTAttention(10)):
         with pytest.raises(BarleriaError, match="width 10 does not divide into 3 heads"): make()
+    for heads in (0, -4):
+        with pytest.raises(BarleriaError, match="does not divide into"): MultiHead(16, heads)
 
 
 # ---------------------------------------------------------------- with the towers

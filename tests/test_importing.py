@@ -666,3 +666,11 @@ def test_what_training_leaves_is_read(tmp_path):
     assert found.keys() == {"weight", "bias"} and torch.equal(found["weight"], m.weight)
     torch.save(dict(state_dict=dict(m.named_parameters())), tmp_path/"p.pth")
     assert torch.equal(read_release(tmp_path/"p.pth")["weight"], m.weight)
+
+
+def test_names_are_shortened_at_their_start_and_say_so():
+    "The longest that fits is printed whole."
+    for n in range(40, 60):
+        name = "abcdefghij" * 6
+        shown = module._end(name[:n])
+        assert shown == name[:n] or shown[0] == "…" and name[:n].endswith(shown[1:])

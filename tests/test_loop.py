@@ -579,6 +579,8 @@ def test_refusals():
     line(lambda: enc(image, torch.zeros(3, L + 1).long(), torch.ones(3, L + 1).bool()), str(L))
     line(lambda: Attention(nn.Linear(2, 2)), "Linear")
     line(lambda: visual_tower(nn.Linear(2, 2)), "Linear")
+    line(lambda: Attention(nn.MultiheadAttention(12, 3, batch_first=True, add_zero_attn=True)), "MultiheadAttention")
+    line(lambda: visual_tower(TimmVision(16, 4, embed_dim=12, depth=1, num_heads=2, num_classes=0, class_token=False, reg_tokens=2, no_embed_class=True, global_pool="avg")), "not supported") # a register is no class token
     line(lambda: build_encoder("b61"), "b16")
     line(lambda: clip_encoder("ViT-B-16"), "ViT-B-16-quickgelu")
     line(lambda: dino_encoder("vit_base_patch14"), "vit_base_patch14_reg4_dinov2")

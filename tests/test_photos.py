@@ -121,6 +121,12 @@ def test_what_is_found(album, tmp_path):
     assert photos.find_photos([album / "in.png"]).single
 
 
+def test_a_link_to_an_answer_is_no_photograph(album):
+    picture(album / "ans" / "masks" / "m.png"), (album / "ans" / photos.MARK).write_text("{}")
+    (album / "again.png").symlink_to(album / "ans" / "masks" / "m.png")
+    assert [p.name for p in photos.find_photos([album]).photos] == ["a.png", "b/a.png", "b/broken.jpg", "b/c d.jpg"]
+
+
 def test_where_there_is_nothing(tmp_path):
     line(lambda: photos.find_photos([tmp_path]), "not one picture")
     line(lambda: photos.find_photos([tmp_path / "x"]), "is missing")
