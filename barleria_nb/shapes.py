@@ -494,7 +494,7 @@ def _parse_phrase(words):
         elif w in SIZES: named["size"] = w
         elif w.removesuffix("most") in _SIDES: side = w.removesuffix("most")
         elif w in ("biggest", "largest", "smallest"): most = w
-        elif w not in _NOUNS + ("the", "that", "is", "on", "at"): raise BarleriaError(f"{w!r} is not a word that such a phrase has; see the grammars.")
+        elif w not in _NOUNS + ("the", "that", "is", "on", "at"): raise BarleriaError(f"{w!r} is not a word that such a phrase has; take those that `sentences_for` writes.")
     return named, side, most
 
 

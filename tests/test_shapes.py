@@ -128,7 +128,7 @@ def test_blind_answers(told, flavour):
 
 def test_reading_what_is_not_there(told):
     *_, anns, _ = told["refshapes"][0]
-    line(lambda: resolve("the red dog", anns), "dog", "VOCABULARY")
+    line(lambda: resolve("the red dog", anns), "dog", "sentences_for")
     assert resolve("red circle", []) == [] and resolve("the red one next to the blue one", []) == []
     assert resolve("thing", anns) == [a["id"] for a in anns]
 
